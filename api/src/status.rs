@@ -1,0 +1,100 @@
+//! What the monitor says of a domain: its state, why it stopped, and when each
+//! phase of its launch was reached. The monitor writes one [`Event`] per line
+//! to the descriptor named by `--status-file`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// The platform a domain runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Platform {
+    /// An ordinary virtual machine: not protected.
+    Plain,
+}
+
+/// Why a domain stopped, or why it never ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitReason {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest's own checks stopped it.
+    RefusedByGuest,
+    /// The guest asked for a reset.
+    Reboot,
+    /// The guest's kernel panicked.
+    Panic,
+    /// A vCPU shut down: a fault while delivering a double fault.
+    TripleFault,
+    /// KVM could not run a vCPU.
+    VcpuError,
+    /// The platform refused the launch.
+    LaunchRefused,
+    /// The monitor failed.
+    MonitorError,
+    /// Bad configuration or host; nothing was started.
+    Config,
+    /// Stopped from outside: SIGTERM or the API.
+    Stopped,
+}
+
+impl ExitReason {
+    /// The exit status of the monitor and of `cofferdam run`. `guest_code` is
+    /// what the guest gave, and counts only when it powered itself off.
+    pub fn process_exit_code(self, guest_code: Option<u8>) -> u8 {
+        match self {
+            Self::PowerOff => guest_code.unwrap_or(0),
+            Self::RefusedByGuest => 120,
+            Self::Reboot | Self::Panic => 121,
+            Self::TripleFault | Self::VcpuError => 122,
+            Self::LaunchRefused => 123,
+            Self::MonitorError => 124,
+            Self::Config => 125,
+            Self::Stopped => 143,
+        }
+    }
+}
+
+/// Phases of a launch: name to microseconds since exec.
+pub type Phases = BTreeMap<String, u64>;
+
+/// How a domain ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The platform it ran on; absent when it never got one.
+    pub platform: Option<Platform>,
+    /// Whether the platform protected it.
+    pub protected: bool,
+    /// Why it stopped.
+    pub exit_reason: ExitReason,
+    /// The guest's exit code, if it gave one.
+    pub exit_code: Option<u8>,
+    /// One sentence for a person.
+    pub message: String,
+    /// Name of each phase to microseconds since exec.
+    pub phases: Phases,
+}
+
+impl Outcome {
+    /// See [`ExitReason::process_exit_code`].
+    pub fn process_exit_code(&self) -> u8 {
+        self.exit_reason.process_exit_code(self.exit_code)
+    }
+}
+
+/// One line of the status file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The vCPUs run.
+    Running {
+        /// The platform it runs on.
+        platform: Platform,
+        /// Whether the platform protects it.
+        protected: bool,
+    },
+    /// The domain ended, or was refused; the last line.
+    Stopped(Outcome),
+}

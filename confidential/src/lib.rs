@@ -1,0 +1,1 @@
+//! Protection platforms of a domain.

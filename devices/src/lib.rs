@@ -1,0 +1,11 @@
+//! Device models: what a guest sees on its ports and in its MMIO space.
+//!
+//! A device knows nothing of the monitor around it. It is reached through
+//! [`bus::BusDevice`] from vCPU threads, through `event_manager` from the event
+//! loop, raises its pin through [`interrupt::InterruptLine`], and tells the
+//! monitor of guest requests through [`platform::GuestRequests`].
+
+pub mod bus;
+pub mod interrupt;
+pub mod platform;
+pub mod virtio;

@@ -1,0 +1,2 @@
+//! Payload library.
+#![no_std]

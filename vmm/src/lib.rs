@@ -1,0 +1,1 @@
+//! The Cofferdam monitor, as a library.
