@@ -1,1 +1,25 @@
-//! Protection platforms of a domain.
+//! How a domain is protected: one trait with an implementation per platform,
+//! and the order in which a launch calls it.
+//!
+//! A launch is a one-shot sequence of typed states, so that a wrong order does
+//! not compile:
+//!
+//! ```text
+//! Launch<Created>     VM of the platform's type, capabilities enabled
+//!   .add_memory()     every slot of RAM
+//! Launch<Populated>   pages are imported here
+//!   .create_vcpus()   all of them
+//! Launch<WithVcpus>   registers are set here
+//!   .finish()         the platform seals the launch
+//! Launched            what runs, and what may be said of it
+//! ```
+//!
+//! Only [`Launched`] says whether a domain is protected, and only
+//! [`Launch::finish`] makes one.
+
+pub mod launch;
+pub mod plain;
+pub mod platform;
+
+pub use launch::{Launch, Launched};
+pub use platform::{LaunchError, MemorySlot, Platform};
