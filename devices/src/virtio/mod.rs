@@ -7,7 +7,7 @@
 //! - A [`VirtioDevice`] (block, vsock) is given the live queues at
 //!   `DRIVER_OK` and moves data on the event loop thread.
 //! - [`chain::Chain`] is one descriptor chain, read and checked completely before
-//!   a device looks at it.
+//!   a device looks at it; [`used`] gives it back and interrupts the driver.
 //!
 //! A driver that breaks the rules costs it the device: the device stops, sets
 //! `DEVICE_NEEDS_RESET` and raises a configuration interrupt. Nothing else is
@@ -15,6 +15,7 @@
 
 pub mod chain;
 pub mod mmio;
+pub mod used;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
