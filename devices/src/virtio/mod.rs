@@ -15,6 +15,7 @@
 
 pub mod chain;
 pub mod mmio;
+mod registers;
 pub mod used;
 
 use std::sync::Arc;
