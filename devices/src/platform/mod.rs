@@ -1,6 +1,8 @@
 //! The small devices that every domain has: interrupt controller, serial port,
 //! power management, and the ports through which a guest speaks to the monitor.
 
+pub mod ioapic;
+
 /// What a guest asks of the monitor, or tells it. Called on a vCPU thread;
 /// implementations only take note.
 pub trait GuestRequests: Send + Sync {
