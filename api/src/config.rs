@@ -5,40 +5,89 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::validate::ConfigError;
+use crate::wire::{WireDomain, WireDrive, WireMachine, WireSerial, WireVsock};
+
+/// Largest configuration that is read, bytes: 64 drives with the longest paths, twice over.
+pub const MAX_CONFIG_SIZE: usize = 1 << 20;
+
 /// The whole configuration of a domain.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "WireDomain")]
 pub struct DomainConfig {
     /// vCPUs and memory.
-    #[serde(rename = "machine-config", default)]
+    #[serde(rename = "machine-config")]
     pub machine: MachineConfig,
     /// What is started.
     #[serde(rename = "boot-source")]
     pub boot: BootSource,
     /// Block devices, in the order of their slots.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
     /// The vsock device, if there is one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
     /// The serial console.
-    #[serde(default)]
     pub serial: Serial,
     /// How the domain is protected.
-    #[serde(default)]
     pub confidential: Confidential,
     /// Milliseconds between a press of the power button and a hard stop.
-    #[serde(default = "default_stop_timeout_ms")]
     pub stop_timeout_ms: u64,
 }
 
-fn default_stop_timeout_ms() -> u64 {
+pub(crate) fn default_stop_timeout_ms() -> u64 {
     10_000
+}
+
+impl DomainConfig {
+    /// Reads a configuration. Errors name the line, and the field where there is one.
+    /// [`validate`](Self::validate) is a step of its own.
+    pub fn from_json(json: &[u8]) -> Result<Self, ConfigError> {
+        if json.len() > MAX_CONFIG_SIZE {
+            return Err(ConfigError::TooLarge { size: json.len(), max: MAX_CONFIG_SIZE });
+        }
+        serde_json::from_slice(json).map_err(|error| ConfigError::Json(error.to_string()))
+    }
+
+    /// The kernel command line that the guest gets: `boot_args` or
+    /// [`DEFAULT_COMMAND_LINE`], and `root=/dev/vdX ro|rw` for the root device.
+    pub fn command_line(&self) -> String {
+        let line = self.boot.boot_args.as_deref().unwrap_or(DEFAULT_COMMAND_LINE);
+        let Some(index) = self.drives.iter().position(|drive| drive.is_root_device) else {
+            return line.to_owned();
+        };
+        let mode = if self.drives.get(index).is_some_and(|drive| drive.is_read_only) { "ro" } else { "rw" };
+        let root = format!("root=/dev/{} {mode}", block_device_name(index));
+        // What follows a lone `--` is for init, not for the kernel.
+        let (kernel, init) = match line.find(" -- ") {
+            Some(at) => line.split_at(at),
+            None => (line, ""),
+        };
+        let space = if kernel.is_empty() { "" } else { " " };
+        format!("{kernel}{space}{root}{init}")
+    }
+}
+
+/// The name that Linux gives to virtio block device number `index`: vda … vdz, vdaa …
+pub fn block_device_name(index: usize) -> String {
+    let mut letters = Vec::new();
+    let mut rest = index;
+    loop {
+        // Below 26, so it fits.
+        letters.push(char::from(b'a' + (rest % 26) as u8));
+        if rest < 26 {
+            break;
+        }
+        rest = rest / 26 - 1;
+    }
+    letters.push('d');
+    letters.push('v');
+    letters.iter().rev().collect()
 }
 
 /// vCPUs and memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "WireMachine")]
 pub struct MachineConfig {
     /// Number of vCPUs, 1 to 32.
     pub vcpu_count: u8,
@@ -71,33 +120,28 @@ pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=a panic=-1";
 
 /// A block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "WireDrive")]
 pub struct Drive {
     /// Name of the drive, unique in the domain; the guest reads its first 20 bytes as the serial number.
     pub drive_id: String,
     /// A raw image file or a block device.
     pub path_on_host: PathBuf,
     /// Whether `root=/dev/vdX` (and `ro` or `rw`) is added to the command line.
-    #[serde(default)]
     pub is_root_device: bool,
     /// Whether the guest may not write.
-    #[serde(default)]
     pub is_read_only: bool,
     /// Whether a flush of the guest reaches the disk.
-    #[serde(default)]
     pub cache_type: CacheType,
     /// How the file is read and written.
-    #[serde(default)]
     pub io_engine: IoEngine,
     /// Size of a logical block in bytes: 512 or 4096.
-    #[serde(default = "default_block_size")]
     pub block_size: u32,
     /// Limits on bandwidth and operations.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,
 }
 
-fn default_block_size() -> u32 {
+pub(crate) fn default_block_size() -> u32 {
     512
 }
 
@@ -151,7 +195,7 @@ pub struct TokenBucket {
 
 /// The vsock device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(from = "WireVsock")]
 pub struct Vsock {
     /// Context id of the guest, 3 or more.
     pub guest_cid: u32,
@@ -161,13 +205,12 @@ pub struct Vsock {
 
 /// The serial console. With neither field it is standard input and output.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(from = "WireSerial")]
 pub struct Serial {
     /// Where the guest's output goes.
-    #[serde(default)]
     pub mode: SerialMode,
     /// The file of mode `File`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub serial_out_path: Option<PathBuf>,
 }
 
@@ -201,4 +244,93 @@ pub enum PlatformChoice {
     Auto,
     /// An ordinary virtual machine; the host can read and change everything in it.
     Plain,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn minimal() -> DomainConfig {
+        DomainConfig::from_json(br#"{"boot-source": {"kernel_image_path": "vmlinux"}}"#).unwrap()
+    }
+
+    fn drive(id: &str) -> Drive {
+        serde_json::from_value(serde_json::json!({"drive_id": id, "path_on_host": id})).unwrap()
+    }
+
+    #[test]
+    fn defaults() {
+        let config = minimal();
+        assert_eq!(config.machine, MachineConfig { vcpu_count: 1, mem_size_mib: 128 });
+        assert_eq!(config.serial, Serial::default());
+        assert_eq!(config.confidential.platform, PlatformChoice::Auto);
+        assert_eq!(config.stop_timeout_ms, 10_000);
+        assert_eq!(config.command_line(), DEFAULT_COMMAND_LINE);
+        assert_eq!((drive("a").block_size, drive("a").cache_type), (512, CacheType::Writeback));
+        config.validate().unwrap();
+    }
+
+    #[test]
+    fn json_round_trip() {
+        let mut config = minimal();
+        let text = serde_json::to_vec(&config).unwrap();
+        assert_eq!(DomainConfig::from_json(&text).unwrap(), config);
+
+        let bucket = TokenBucket { size: 5, one_time_burst: Some(6), refill_time: 7 };
+        config.machine = MachineConfig { vcpu_count: 4, mem_size_mib: 256 };
+        config.boot.initrd_path = Some("initrd".into());
+        config.boot.boot_args = Some("quiet".into());
+        config.drives = vec![drive("a"), drive("b")];
+        config.drives[1].rate_limiter = Some(RateLimiter { bandwidth: Some(bucket), ops: None });
+        config.drives[1].is_read_only = true;
+        config.drives[1].is_root_device = true;
+        config.drives[1].block_size = 4096;
+        config.drives[1].cache_type = CacheType::Unsafe;
+        config.drives[1].io_engine = IoEngine::Async;
+        config.vsock = Some(Vsock { guest_cid: 9, uds_path: "v.sock".into() });
+        config.serial = Serial { mode: SerialMode::File, serial_out_path: Some("log".into()) };
+        config.confidential.platform = PlatformChoice::Plain;
+        config.stop_timeout_ms = 1;
+        let text = serde_json::to_vec(&config).unwrap();
+        assert_eq!(DomainConfig::from_json(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn errors_name_field_and_line() {
+        let message = |text: &str| DomainConfig::from_json(text.as_bytes()).unwrap_err().to_string();
+        let unknown = message("{\n\"boot-source\": {\"kernel\": 1}}");
+        assert!(unknown.contains("`kernel`") && unknown.contains("kernel_image_path"), "{unknown}");
+        assert!(unknown.contains("line 2"), "{unknown}");
+        assert!(message("{}").contains("boot-source"));
+        assert!(message("").contains("line 1"));
+        assert!(message("[]{").contains("line 1"));
+        let twice = message(
+            r#"{"boot-source": {"kernel_image_path": "a"}, "boot-source": {"kernel_image_path": "b"}}"#,
+        );
+        assert!(twice.contains("duplicate field `boot-source`"), "{twice}");
+        let large = message(&" ".repeat(MAX_CONFIG_SIZE + 1));
+        assert_eq!(large, "the configuration is 1048577 bytes long; at most 1048576 are read");
+        assert!(message(&format!("{{\"balloon\": {}", "[".repeat(100_000))).contains("recursion"));
+    }
+
+    #[test]
+    fn root_device_on_the_command_line() {
+        let mut config = minimal();
+        config.drives = vec![drive("a"), drive("b")];
+        config.drives[1].is_root_device = true;
+        config.boot.boot_args = Some("quiet".into());
+        assert_eq!(config.command_line(), "quiet root=/dev/vdb rw");
+        config.drives[1].is_read_only = true;
+        assert_eq!(config.command_line(), "quiet root=/dev/vdb ro");
+        config.boot.boot_args = Some(String::new());
+        assert_eq!(config.command_line(), "root=/dev/vdb ro");
+        config.boot.boot_args = Some("quiet -- single".into());
+        assert_eq!(config.command_line(), "quiet root=/dev/vdb ro -- single");
+    }
+
+    #[test]
+    fn block_device_names_are_those_of_linux() {
+        let names: Vec<String> = [0, 25, 26, 51, 52, 63, 701, 702].map(block_device_name).into();
+        assert_eq!(names, ["vda", "vdz", "vdaa", "vdaz", "vdba", "vdbl", "vdzz", "vdaaa"]);
+    }
 }

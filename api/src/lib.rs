@@ -6,3 +6,5 @@
 
 pub mod config;
 pub mod status;
+pub mod validate;
+mod wire;

@@ -98,3 +98,64 @@ pub enum Event {
     /// The domain ended, or was refused; the last line.
     Stopped(Outcome),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(exit_reason: ExitReason, exit_code: Option<u8>) -> Outcome {
+        Outcome {
+            platform: Some(Platform::Plain),
+            protected: false,
+            exit_reason,
+            exit_code,
+            message: "m".into(),
+            phases: Phases::from([("user_space".into(), 7)]),
+        }
+    }
+
+    #[test]
+    fn exit_codes_are_those_of_the_table() {
+        use ExitReason::*;
+        let table = [
+            (PowerOff, None, 0),
+            (PowerOff, Some(7), 7),
+            (PowerOff, Some(143), 143),
+            (RefusedByGuest, None, 120),
+            (Reboot, Some(7), 121),
+            (Panic, None, 121),
+            (TripleFault, None, 122),
+            (VcpuError, None, 122),
+            (LaunchRefused, None, 123),
+            (MonitorError, Some(7), 124),
+            (Config, None, 125),
+            (Stopped, Some(7), 143),
+        ];
+        for (reason, guest, code) in table {
+            assert_eq!(outcome(reason, guest).process_exit_code(), code, "{reason:?} {guest:?}");
+        }
+    }
+
+    #[test]
+    fn outcome_has_exactly_the_documented_fields() {
+        let text = serde_json::to_string(&outcome(ExitReason::PowerOff, None)).unwrap();
+        assert_eq!(
+            text,
+            r#"{"platform":"plain","protected":false,"exit_reason":"power_off","exit_code":null,"message":"m","phases":{"user_space":7}}"#
+        );
+    }
+
+    #[test]
+    fn events_round_trip() {
+        let events = [
+            Event::Running { platform: Platform::Plain, protected: false },
+            Event::Stopped(outcome(ExitReason::Stopped, Some(3))),
+        ];
+        for event in events {
+            let text = serde_json::to_string(&event).unwrap();
+            assert!(!text.contains('\n'));
+            assert_eq!(serde_json::from_str::<Event>(&text).unwrap(), event);
+        }
+        assert!(serde_json::from_str::<Event>(r#"{"event":"stopped"}"#).is_err());
+    }
+}

@@ -1,0 +1,259 @@
+//! The configuration as it is read. It knows the fields of Firecracker's
+//! configuration file that ask for things this monitor does not have: left at
+//! "nothing asked for" (`null`, `false`, `[]`, `"None"` …) they are ignored, so that
+//! its files are read unchanged; with a value they are refused by name instead
+//! of being ignored.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::config::{
+    BootSource, CacheType, Confidential, DomainConfig, Drive, IoEngine, MachineConfig, RateLimiter, Serial,
+    SerialMode, Vsock, default_block_size, default_stop_timeout_ms,
+};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WireDomain {
+    #[serde(rename = "machine-config", default)]
+    machine: MachineConfig,
+    #[serde(rename = "boot-source")]
+    boot: BootSource,
+    #[serde(default)]
+    drives: Vec<Drive>,
+    #[serde(default)]
+    vsock: Option<Vsock>,
+    #[serde(default)]
+    serial: Option<Serial>,
+    #[serde(default)]
+    confidential: Confidential,
+    #[serde(default = "default_stop_timeout_ms")]
+    stop_timeout_ms: u64,
+
+    #[serde(default)]
+    balloon: Value,
+    #[serde(rename = "cpu-config", default)]
+    cpu_config: Value,
+    #[serde(default)]
+    entropy: Value,
+    #[serde(default)]
+    logger: Value,
+    #[serde(rename = "memory-hotplug", default)]
+    memory_hotplug: Value,
+    #[serde(default)]
+    metrics: Value,
+    #[serde(rename = "mmds-config", default)]
+    mmds_config: Value,
+    #[serde(rename = "network-interfaces", default)]
+    network_interfaces: Value,
+    #[serde(default)]
+    pmem: Value,
+}
+
+impl TryFrom<WireDomain> for DomainConfig {
+    type Error = String;
+
+    fn try_from(wire: WireDomain) -> Result<Self, String> {
+        refuse([
+            ("balloon", wire.balloon),
+            ("cpu-config", wire.cpu_config),
+            ("entropy", wire.entropy),
+            ("logger", wire.logger),
+            ("memory-hotplug", wire.memory_hotplug),
+            ("metrics", wire.metrics),
+            ("mmds-config", wire.mmds_config),
+            ("network-interfaces", wire.network_interfaces),
+            ("pmem", wire.pmem),
+        ])?;
+        Ok(Self {
+            machine: wire.machine,
+            boot: wire.boot,
+            drives: wire.drives,
+            vsock: wire.vsock,
+            serial: wire.serial.unwrap_or_default(),
+            confidential: wire.confidential,
+            stop_timeout_ms: wire.stop_timeout_ms,
+        })
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WireMachine {
+    vcpu_count: u8,
+    mem_size_mib: u64,
+
+    #[serde(default)]
+    cpu_template: Value,
+    #[serde(default)]
+    huge_pages: Value,
+    #[serde(default)]
+    smt: Value,
+    #[serde(default)]
+    track_dirty_pages: Value,
+}
+
+impl TryFrom<WireMachine> for MachineConfig {
+    type Error = String;
+
+    fn try_from(wire: WireMachine) -> Result<Self, String> {
+        refuse([
+            ("machine-config.cpu_template", wire.cpu_template),
+            ("machine-config.huge_pages", wire.huge_pages),
+            ("machine-config.smt", wire.smt),
+            ("machine-config.track_dirty_pages", wire.track_dirty_pages),
+        ])?;
+        Ok(Self { vcpu_count: wire.vcpu_count, mem_size_mib: wire.mem_size_mib })
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WireDrive {
+    drive_id: String,
+    path_on_host: PathBuf,
+    #[serde(default)]
+    is_root_device: bool,
+    #[serde(default)]
+    is_read_only: bool,
+    #[serde(default)]
+    cache_type: CacheType,
+    #[serde(default)]
+    io_engine: IoEngine,
+    #[serde(default = "default_block_size")]
+    block_size: u32,
+    #[serde(default)]
+    rate_limiter: Option<RateLimiter>,
+
+    #[serde(default)]
+    partuuid: Value,
+    #[serde(default)]
+    socket: Value,
+}
+
+impl TryFrom<WireDrive> for Drive {
+    type Error = String;
+
+    fn try_from(wire: WireDrive) -> Result<Self, String> {
+        refuse([("drives[].partuuid", wire.partuuid), ("drives[].socket", wire.socket)])?;
+        Ok(Self {
+            drive_id: wire.drive_id,
+            path_on_host: wire.path_on_host,
+            is_root_device: wire.is_root_device,
+            is_read_only: wire.is_read_only,
+            cache_type: wire.cache_type,
+            io_engine: wire.io_engine,
+            block_size: wire.block_size,
+            rate_limiter: wire.rate_limiter,
+        })
+    }
+}
+
+/// Firecracker's `vsock_id` is a name that nothing reads any more.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WireVsock {
+    guest_cid: u32,
+    uds_path: PathBuf,
+    #[serde(default, rename = "vsock_id")]
+    _vsock_id: Option<String>,
+}
+
+impl From<WireVsock> for Vsock {
+    fn from(wire: WireVsock) -> Self {
+        Self { guest_cid: wire.guest_cid, uds_path: wire.uds_path }
+    }
+}
+
+/// A path without a mode, which is all that Firecracker's has, means mode `File`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WireSerial {
+    #[serde(default)]
+    mode: Option<SerialMode>,
+    #[serde(default)]
+    serial_out_path: Option<PathBuf>,
+}
+
+impl From<WireSerial> for Serial {
+    fn from(wire: WireSerial) -> Self {
+        let implied = if wire.serial_out_path.is_some() { SerialMode::File } else { SerialMode::Stdio };
+        Self { mode: wire.mode.unwrap_or(implied), serial_out_path: wire.serial_out_path }
+    }
+}
+
+fn refuse<const N: usize>(fields: [(&str, Value); N]) -> Result<(), String> {
+    for (name, value) in fields {
+        if asks_for_something(&value) {
+            return Err(format!("{name}: not supported by this monitor; leave it out"));
+        }
+    }
+    Ok(())
+}
+
+fn asks_for_something(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Bool(flag) => *flag,
+        Value::String(text) => !text.is_empty() && text != "None",
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+        Value::Number(_) => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The shape of the sample file in Firecracker's documentation.
+    const FIRECRACKER: &str = r#"{
+        "boot-source": {"kernel_image_path": "vmlinux.bin", "boot_args": "console=ttyS0 panic=1", "initrd_path": null},
+        "drives": [{"drive_id": "rootfs", "partuuid": null, "is_root_device": true, "cache_type": "Unsafe",
+                    "is_read_only": false, "path_on_host": "ubuntu.ext4", "io_engine": "Sync",
+                    "rate_limiter": null, "socket": null}],
+        "machine-config": {"vcpu_count": 2, "mem_size_mib": 1024, "smt": false, "track_dirty_pages": false,
+                           "huge_pages": "None"},
+        "cpu-config": null, "balloon": null, "network-interfaces": [],
+        "vsock": {"guest_cid": 3, "uds_path": "./v.sock", "vsock_id": "v"},
+        "logger": null, "metrics": null, "mmds-config": null, "entropy": null,
+        "pmem": [], "memory-hotplug": null, "serial": null
+    }"#;
+
+    #[test]
+    fn a_firecracker_file_is_read_unchanged() {
+        let config = DomainConfig::from_json(FIRECRACKER.as_bytes()).unwrap();
+        config.validate().unwrap();
+        assert_eq!(config.machine, MachineConfig { vcpu_count: 2, mem_size_mib: 1024 });
+        assert_eq!(config.drives[0].cache_type, CacheType::Unsafe);
+        assert_eq!(config.drives[0].io_engine, IoEngine::Sync);
+        assert_eq!(config.command_line(), "console=ttyS0 panic=1 root=/dev/vda rw");
+    }
+
+    #[test]
+    fn what_this_monitor_lacks_is_refused_by_name() {
+        let cases = [
+            ("\"smt\": false", "\"smt\": true", "machine-config.smt"),
+            ("\"huge_pages\": \"None\"", "\"huge_pages\": \"2M\"", "machine-config.huge_pages"),
+            ("\"balloon\": null", "\"balloon\": {\"amount_mib\": 5}", "balloon"),
+            ("\"network-interfaces\": []", "\"network-interfaces\": [{}]", "network-interfaces"),
+            ("\"socket\": null", "\"socket\": \"s\"", "drives[].socket"),
+        ];
+        for (from, to, field) in cases {
+            let changed = FIRECRACKER.replace(from, to);
+            assert_ne!(changed, FIRECRACKER);
+            let message = DomainConfig::from_json(changed.as_bytes()).unwrap_err().to_string();
+            assert!(message.starts_with(&format!("{field}: not supported")), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_serial_path_alone_means_a_file() {
+        let read = |text: &str| serde_json::from_str::<Serial>(text).unwrap().mode;
+        assert_eq!(read(r#"{"serial_out_path": "log"}"#), SerialMode::File);
+        assert_eq!(read("{}"), SerialMode::Stdio);
+        assert_eq!(read(r#"{"mode": "None"}"#), SerialMode::None);
+    }
+}
