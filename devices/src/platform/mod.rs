@@ -1,7 +1,13 @@
 //! The small devices that every domain has: interrupt controller, serial port,
 //! power management, and the ports through which a guest speaks to the monitor.
 
+pub mod guest_port;
+pub mod i8042;
 pub mod ioapic;
+pub mod power;
+pub mod pvpanic;
+#[cfg(test)]
+mod testing;
 
 /// What a guest asks of the monitor, or tells it. Called on a vCPU thread;
 /// implementations only take note.
@@ -16,4 +22,14 @@ pub trait GuestRequests: Send + Sync {
     fn exit_code(&self, code: u8);
     /// The guest reached user space.
     fn user_space(&self);
+}
+
+/// A write as the writes of single bytes that an ISA bus makes of it: (offset, byte).
+fn bytes_at(offset: u64, data: &[u8]) -> impl Iterator<Item = (u64, u8)> + '_ {
+    (offset..=u64::MAX).zip(data.iter().copied())
+}
+
+/// A read as the reads of single bytes that an ISA bus makes of it: (offset, place for the byte).
+fn bytes_at_mut(offset: u64, data: &mut [u8]) -> impl Iterator<Item = (u64, &mut u8)> {
+    (offset..=u64::MAX).zip(data)
 }

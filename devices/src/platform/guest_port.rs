@@ -1,0 +1,108 @@
+//! Two ports through which a program in the guest speaks to the monitor.
+//!
+//! ```text
+//! offset 0  exit code: any byte; it counts when the guest powers off
+//! offset 1  "user space reached": any byte; the first one counts
+//! ```
+//!
+//! Both take byte writes, as `/dev/port` makes them:
+//!
+//! ```sh
+//! printf '\007' | dd of=/dev/port bs=1 seek=$((0x620)) conv=notrunc 2>/dev/null
+//! ```
+//!
+//! A wider write is one write per byte, to ports that follow each other. Reading
+//! gives back what was written last (the code; 1 for the mark) and 0 before that,
+//! so that a guest can tell these ports from absent ones, which read 0xFF.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use cofferdam_firmware::layout::{EXIT_CODE_PORT, USER_SPACE_PORT};
+
+use super::{GuestRequests, bytes_at, bytes_at_mut};
+use crate::bus::BusDevice;
+
+/// Number of ports, from [`EXIT_CODE_PORT`].
+pub const GUEST_PORTS: u64 = USER_SPACE + 1;
+
+const EXIT_CODE: u64 = 0;
+const USER_SPACE: u64 = (USER_SPACE_PORT - EXIT_CODE_PORT) as u64;
+
+/// The exit code port and the user space port, to be put at [`EXIT_CODE_PORT`].
+pub struct GuestPort {
+    requests: Arc<dyn GuestRequests>,
+    exit_code: AtomicU8,
+    user_space: AtomicU8,
+}
+
+impl GuestPort {
+    /// Ports that pass what the guest says to `requests`, every time that it says it.
+    pub fn new(requests: Arc<dyn GuestRequests>) -> Self {
+        Self { requests, exit_code: AtomicU8::new(0), user_space: AtomicU8::new(0) }
+    }
+}
+
+impl BusDevice for GuestPort {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        for (offset, byte) in bytes_at_mut(offset, data) {
+            match offset {
+                EXIT_CODE => *byte = self.exit_code.load(Ordering::Relaxed),
+                USER_SPACE => *byte = self.user_space.load(Ordering::Relaxed),
+                _ => {}
+            }
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        for write in bytes_at(offset, data) {
+            match write {
+                (EXIT_CODE, code) => {
+                    self.exit_code.store(code, Ordering::Relaxed);
+                    self.requests.exit_code(code);
+                }
+                (USER_SPACE, _) => {
+                    self.user_space.store(1, Ordering::Relaxed);
+                    self.requests.user_space();
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::platform::testing::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn bytes_reach_the_monitor_and_can_be_read_back() {
+        let requests = Arc::new(Requests::default());
+        let device = GuestPort::new(requests.clone());
+        assert_eq!((read_byte(&device, EXIT_CODE), read_byte(&device, USER_SPACE)), (0, 0));
+        device.write(USER_SPACE, &[0]);
+        device.write(EXIT_CODE, &[7]);
+        device.write(EXIT_CODE, &[255]);
+        assert_eq!(requests.take(), [Request::UserSpace, Request::ExitCode(7), Request::ExitCode(255)]);
+        assert_eq!((read_byte(&device, EXIT_CODE), read_byte(&device, USER_SPACE)), (255, 1));
+        assert_eq!(read_byte(&device, 2), 0xFF);
+    }
+
+    #[test]
+    fn a_wide_write_is_several_narrow_ones() {
+        let requests = Arc::new(Requests::default());
+        let device = GuestPort::new(requests.clone());
+        device.write(EXIT_CODE, &[3, 9]);
+        assert_eq!(requests.take(), [Request::ExitCode(3), Request::UserSpace]);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn no_access_panics(accesses in accesses(GUEST_PORTS)) {
+            perform(&GuestPort::new(Arc::new(Requests::default())), &accesses);
+        }
+    }
+}
