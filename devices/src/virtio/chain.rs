@@ -391,3 +391,6 @@ pub fn slices<'a>(
     sub_segments(segments, range)
         .filter_map(|segment| memory.get_slice(segment.address, usize::try_from(segment.length).ok()?).ok())
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,6 +16,8 @@
 pub mod chain;
 pub mod mmio;
 mod registers;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod used;
 
 use std::sync::Arc;
