@@ -17,6 +17,7 @@
 //! Only [`Launched`] says whether a domain is protected, and only
 //! [`Launch::finish`] makes one.
 
+pub mod host;
 pub mod launch;
 pub mod plain;
 pub mod platform;
