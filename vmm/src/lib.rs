@@ -1,1 +1,3 @@
 //! The Cofferdam monitor, as a library.
+
+pub mod boot;
