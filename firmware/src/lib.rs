@@ -4,4 +4,5 @@
 //! No `std` and no allocation: the measured first stage will link this crate.
 #![cfg_attr(not(test), no_std)]
 
+pub mod acpi;
 pub mod layout;
