@@ -18,6 +18,8 @@ mod dsdt;
 mod fadt;
 mod madt;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use core::fmt;
 
