@@ -321,3 +321,6 @@ impl EventSubscriber for MmioTransport {
         self.lock().device.register(ops);
     }
 }
+
+#[cfg(test)]
+mod tests;
