@@ -1,2 +1,130 @@
-//! placeholder
-fn main() {}
+//! `cargo xtask`: developer tasks that need more than cargo. See the library.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use xtask::assets::Assets;
+use xtask::rig::{self, Request, RigError};
+
+/// Developer tasks of Cofferdam.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Fetch what the tests need and the repository does not hold; print where it lies
+    Assets {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run a command in an emulated machine with hardware virtualisation (AMD SVM)
+    Rig(RigArguments),
+    /// Exit with 0 if this machine's own CPU can run guests, else with 1
+    HasKvm,
+    /// The rig's side inside the outer machine
+    #[command(hide = true)]
+    Agent,
+}
+
+/// The command runs as root on this machine's file system below a throw-away
+/// overlay, in the current directory. /tmp and /var/tmp are passed through:
+/// what is written there stays; anything else that is written is lost. For
+/// Unix sockets and disk images use /run or /dev/shm, which are in memory. The
+/// command's stdin is empty, its stdout and stderr come back byte-exact, and
+/// its exit status is returned; 124 after a timeout, 125 if the rig failed.
+#[derive(Debug, clap::Args)]
+#[command(verbatim_doc_comment)]
+struct RigArguments {
+    /// Memory of the outer machine, MiB
+    #[arg(long, default_value_t = 4096, value_name = "MIB", value_parser = clap::value_parser!(u32).range(512..))]
+    memory: u32,
+    /// CPUs of the outer machine
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=32))]
+    cpus: u8,
+    /// Give up after this time
+    #[arg(long, default_value_t = 900, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
+    /// One more directory to pass through, read-write
+    #[arg(long = "share", value_name = "DIR")]
+    shares: Vec<PathBuf>,
+    /// One more environment variable (PATH, HOME, CARGO*, RUST* and COFFERDAM* are passed anyway)
+    #[arg(short = 'e', long = "env", value_name = "NAME[=VALUE]")]
+    environment: Vec<String>,
+    /// Keep the outer machine's console in this file (its end is shown if the rig fails)
+    #[arg(long, value_name = "FILE")]
+    console: Option<PathBuf>,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+const TIMED_OUT: u8 = 124;
+const RIG_FAILED: u8 = 125;
+
+fn main() -> ExitCode {
+    match Arguments::parse().task {
+        Task::Assets { json } => report(assets(json), 1),
+        Task::Rig(arguments) => rig(arguments),
+        Task::HasKvm => ExitCode::from(u8::from(!xtask::hardware_kvm())),
+        Task::Agent => report(xtask::agent::run(), 1),
+    }
+}
+
+fn report(result: Result<(), impl std::fmt::Display>, code: u8) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn assets(json: bool) -> Result<(), xtask::Error> {
+    let assets = Assets::fetch()?;
+    if json {
+        let text = serde_json::json!(assets);
+        println!("{text}");
+    } else {
+        for (name, path) in assets.list() {
+            println!("{name:<14} {}", path.display());
+        }
+    }
+    Ok(())
+}
+
+fn rig(arguments: RigArguments) -> ExitCode {
+    let mut environment = rig::default_environment();
+    for variable in arguments.environment {
+        match variable.split_once('=') {
+            Some((name, value)) => environment.push((name.into(), value.into())),
+            None => environment.extend(std::env::var_os(&variable).map(|value| (variable.into(), value))),
+        }
+    }
+    let request = Request {
+        command: arguments.command,
+        environment,
+        shares: arguments.shares,
+        memory: arguments.memory,
+        cpus: arguments.cpus,
+        timeout: Duration::from_secs(arguments.timeout),
+        console: arguments.console,
+    };
+    let result = Assets::fetch()
+        .map_err(RigError::from)
+        .and_then(|assets| rig::run(&assets, &request, &mut io::stdout(), &mut io::stderr()));
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error @ RigError::Timeout { .. }) => report(Err(error), TIMED_OUT),
+        Err(error) => report(Err(error), RIG_FAILED),
+    }
+}

@@ -1,0 +1,234 @@
+//! The emulator: QEMU with the patch series of `tests/emulator`.
+//!
+//! It is taken from a prebuilt file if one with the pinned digest is at hand,
+//! else built from Debian's source package. Both give the same cache entry.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::apt::Apt;
+use crate::cache::Cache;
+use crate::{Error, tool};
+
+/// Debian's source package that the series is made for, of trixie-security.
+const SOURCE: &str = "qemu=1:10.0.13+ds-0+deb13u1";
+
+/// SHA-256 of the prebuilt `qemu-system-x86_64.xz`: [`SOURCE`] and the series,
+/// built as in [`build`], stripped.
+const PREBUILT: &str = "eb067c5cf7a4aede07ee6f386c4737822f0403489e59f3b70ec0668db1d6afd7";
+
+/// What the emulator is linked to.
+const RUNTIME_PACKAGES: [&str; 7] =
+    ["libglib2.0-0", "libpixman-1-0", "libnettle8", "libhogweed6", "libgmp10", "libssl3", "zlib1g"];
+
+/// What building it needs, apart from meson.
+const BUILD_PACKAGES: [&str; 17] = [
+    "gcc",
+    "libc6-dev",
+    "make",
+    "ninja-build",
+    "pkg-config",
+    "flex",
+    "bison",
+    "dpkg-dev",
+    "patch",
+    "python3-venv",
+    "libglib2.0-dev",
+    "libpixman-1-dev",
+    "libssl-dev",
+    "nettle-dev",
+    "zlib1g-dev",
+    "libattr1-dev",
+    "libcap-ng-dev",
+];
+
+const CONFIGURE: &[&str] = &[
+    "--python=/usr/bin/python3",
+    "--target-list=x86_64-softmmu",
+    "--without-default-features",
+    "--enable-tcg",
+    "--enable-system",
+    "--enable-virtfs",
+    "--enable-attr",
+    "--enable-pixman",
+    "--enable-nettle",
+    "--enable-malloc-trim",
+    "--disable-docs",
+    "--disable-fdt",
+    "--disable-tools",
+    "--disable-install-blobs",
+    "--disable-werror",
+];
+
+/// The emulator's program; taken from a prebuilt file or built if it is not in
+/// `cache`. Makes sure that the libraries it needs are there.
+pub fn fetch(cache: &Cache) -> Result<PathBuf, Error> {
+    let series = series()?;
+    let mut recipe: Vec<&[u8]> = vec![b"1", SOURCE.as_bytes()];
+    recipe.extend(series.iter().map(|(_, content)| content.as_slice()));
+    let entry = cache.entry("qemu", &recipe, |directory| {
+        let program = directory.join("qemu-system-x86_64");
+        match prebuilt()? {
+            Some(archive) => {
+                tool::progress(format_args!("unpacking the prebuilt emulator {}", archive.display()));
+                let bytes = tool::filter_file("xz", &["-dc"], &archive)?;
+                fs::write(&program, bytes).map_err(Error::file("write", &program))?;
+                tool::run(Command::new("chmod").arg("755").arg(&program))?;
+            }
+            None => build(cache, &series, directory, &program)?,
+        }
+        Ok(())
+    })?;
+    let program = entry.join("qemu-system-x86_64");
+    check(&program)?;
+    Ok(program)
+}
+
+/// The directory of the emulated machine's firmware: SeaBIOS, and the option
+/// ROM with which it starts the kernel given to the emulator.
+pub fn firmware(cache: &Cache) -> Result<PathBuf, Error> {
+    cache.entry("firmware", &[b"1"], |directory| {
+        let unpacked = directory.join("unpacked");
+        fs::create_dir(&unpacked).map_err(Error::file("create", &unpacked))?;
+        let apt = Apt::new(cache, "bookworm", &["deb main bookworm"])?;
+        apt.unpack("seabios", &unpacked)?;
+        apt.unpack("qemu-system-data", &unpacked)?;
+        for file in ["seabios/bios-256k.bin", "qemu/kvmvapic.bin", "qemu/linuxboot_dma.bin"] {
+            let from = unpacked.join("usr/share").join(file);
+            let name = Path::new(file).file_name().unwrap_or_default();
+            fs::rename(&from, directory.join(name)).map_err(Error::file("move", from))?;
+        }
+        fs::remove_dir_all(&unpacked).map_err(Error::file("remove", unpacked))
+    })
+}
+
+/// Starts the emulator once; if it does not, its libraries may be missing.
+fn check(program: &Path) -> Result<(), Error> {
+    let start = || tool::run(Command::new(program).arg("--version"));
+    if start().is_err() {
+        tool::install("the emulator", &RUNTIME_PACKAGES)?;
+        start()?;
+    }
+    Ok(())
+}
+
+fn repository() -> &'static Path {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().and_then(Path::parent);
+    root.unwrap_or(Path::new("."))
+}
+
+/// The patches, with their contents, in order.
+fn series() -> Result<Vec<(PathBuf, Vec<u8>)>, Error> {
+    let directory = repository().join("tests/emulator/patches");
+    let entries = fs::read_dir(&directory).map_err(Error::file("read", &directory))?;
+    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));
+    paths.sort();
+    let content = |path: PathBuf| {
+        let content = fs::read(&path).map_err(Error::file("read", &path))?;
+        Ok((path, content))
+    };
+    paths.into_iter().map(content).collect()
+}
+
+/// The prebuilt emulator, if it is there with the right digest: in
+/// `$COFFERDAM_TEE_PLATFORM`, else in `../shared/tee-platform` beside the
+/// repository.
+fn prebuilt() -> Result<Option<PathBuf>, Error> {
+    let directory = std::env::var_os("COFFERDAM_TEE_PLATFORM").map(PathBuf::from);
+    let directory = directory.unwrap_or_else(|| repository().join("../shared/tee-platform"));
+    let archive = directory.join("qemu-system-x86_64.xz");
+    if !archive.exists() {
+        return Ok(None);
+    }
+    let digest = tool::filter_file("sha256sum", &[], &archive)?;
+    if !digest.starts_with(PREBUILT.as_bytes()) {
+        let archive = archive.display();
+        tool::progress(format_args!(
+            "{archive} is not the pinned build (SHA-256 {PREBUILT}): building from source"
+        ));
+        return Ok(None);
+    }
+    Ok(Some(archive))
+}
+
+/// Builds the emulator in `directory` and moves it to `program`.
+fn build(
+    cache: &Cache,
+    series: &[(PathBuf, Vec<u8>)],
+    directory: &Path,
+    program: &Path,
+) -> Result<(), Error> {
+    tool::progress(
+        "no prebuilt emulator at hand: building it from Debian's source (5 to 10 minutes on 2 cores)",
+    );
+    tool::install("building the emulator", &BUILD_PACKAGES)?;
+    let work = directory.join("work");
+    fs::create_dir(&work).map_err(Error::file("create", &work))?;
+    let meson = work.join("meson");
+    fs::create_dir(&meson).map_err(Error::file("create", &meson))?;
+    let lines = ["deb main bookworm-backports", "deb main bookworm"];
+    Apt::new(cache, "bookworm-backports", &lines)?.unpack("meson/bookworm-backports", &meson)?;
+    let lines = ["deb-src main trixie", "deb-src security trixie-security"];
+    Apt::new(cache, "trixie-source", &lines)?.source(SOURCE, &work)?;
+    let tree = unpack_source(&work)?;
+    for (path, _) in series {
+        tool::run(Command::new("patch").args(["-s", "-p1", "-i"]).arg(path).current_dir(&tree))?;
+    }
+    compile(&tree, &meson)?;
+    let built = tree.join("build/qemu-system-x86_64");
+    tool::run(Command::new("strip").arg(&built))?;
+    fs::rename(&built, program).map_err(Error::file("move", built))?;
+    fs::remove_dir_all(&work).map_err(Error::file("remove", work))
+}
+
+fn unpack_source(work: &Path) -> Result<PathBuf, Error> {
+    let entries = fs::read_dir(work).map_err(Error::file("read", work))?;
+    let mut paths = entries.flatten().map(|entry| entry.path());
+    let description = paths.find(|path| path.extension().is_some_and(|extension| extension == "dsc"));
+    let description = description.ok_or_else(|| Error::Malformed {
+        path: work.to_owned(),
+        reason: "no .dsc in the source package".into(),
+    })?;
+    let tree = work.join("qemu");
+    // apt-get has checked it against the signed list of sources.
+    let mut unpack = Command::new("dpkg-source");
+    tool::run(unpack.args(["-x", "--no-check"]).arg(description).arg(&tree))?;
+    Ok(tree)
+}
+
+fn compile(tree: &Path, meson: &Path) -> Result<(), Error> {
+    let build = tree.join("build");
+    fs::create_dir(&build).map_err(Error::file("create", &build))?;
+    // Debian 12's own meson is too old; the one of backports is not installed.
+    let modules = meson.join("usr/lib/python3/dist-packages");
+    let program = |name: &str| {
+        let mut command = Command::new(name);
+        command.env("PYTHONPATH", &modules).current_dir(&build);
+        command
+    };
+    let flags = format!("--extra-cflags=-ffile-prefix-map={}=", tree.display());
+    tool::progress("configuring the emulator");
+    tool::run(program("../configure").args(CONFIGURE).arg(flags))?;
+    tool::progress("compiling the emulator");
+    tool::run(program("ninja").arg("qemu-system-x86_64"))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_series_is_complete_and_in_order() {
+        let series = series().unwrap();
+        for (index, (path, content)) in series.iter().enumerate() {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            assert!(name.starts_with(&format!("{:04}-", index + 1)), "{name}");
+            assert!(content.starts_with(b"From "), "{name}");
+        }
+        let last = String::from_utf8_lossy(&series.last().unwrap().1).into_owned();
+        assert!(last.contains(&format!("[PATCH {0}/{0}]", series.len())));
+    }
+}

@@ -1,0 +1,96 @@
+//! The outer machine of the rig: all options of the emulator, in one place.
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+
+use crate::agent::PORT_NAME;
+
+/// What differs from one outer machine to the next.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// Its initial RAM disk.
+    pub initrd: PathBuf,
+    /// Directory of the emulator's firmware.
+    pub firmware: PathBuf,
+    /// Memory, MiB.
+    pub memory: u32,
+    /// Number of CPUs.
+    pub cpus: u8,
+    /// Directories that are passed through read-write, by 9p tag.
+    pub shares: Vec<(String, PathBuf)>,
+}
+
+impl Machine {
+    /// The emulator's options. It must be started with the agent's connection,
+    /// a stream socket, as its stdin, and with the console's file as its stdout.
+    pub fn options(&self) -> Vec<OsString> {
+        let mut options: Vec<OsString> = Vec::new();
+        let mut add = |words: &[&OsStr]| options.extend(words.iter().map(OsString::from));
+        let text = OsStr::new;
+        add(&[text("-L"), self.firmware.as_os_str()]);
+        for words in ["-nodefaults -no-user-config -no-reboot", "-display none -vga none -nic none"] {
+            words.split(' ').for_each(|word| add(&[text(word)]));
+        }
+        // sata=off: the firmware would wait for disks.
+        add(&[text("-machine"), text("q35,kernel-irqchip=off,sata=off")]);
+        add(&[text("-accel"), text("tcg,thread=multi")]);
+        add(&[text("-cpu"), text("EPYC-v2,+svm,+npt")]);
+        add(&[text("-smp"), text(&self.cpus.to_string())]);
+        add(&[text("-m"), text(&self.memory.to_string())]);
+        add(&[text("-kernel"), self.kernel.as_os_str()]);
+        add(&[text("-initrd"), self.initrd.as_os_str()]);
+        add(&[text("-append"), text("console=ttyS0 panic=-1 quiet mitigations=off")]);
+        add(&[text("-chardev"), text("file,id=console,path=/proc/self/fd/1")]);
+        add(&[text("-serial"), text("chardev:console")]);
+        add(&[text("-chardev"), text("socket,id=agent,fd=0")]);
+        add(&[text("-device"), text("virtio-serial-pci")]);
+        add(&[text("-device"), text(&format!("virtserialport,nr=1,chardev=agent,name={PORT_NAME}"))]);
+        let root = ("host".to_owned(), PathBuf::from("/"));
+        for (index, (tag, path)) in std::iter::once(&root).chain(&self.shares).enumerate() {
+            let mut share =
+                OsString::from(format!("local,id=share{index},security_model=none,multidevs=remap,"));
+            share.push(if index == 0 { "readonly=on,path=" } else { "path=" });
+            share.push(escape_commas(path.as_os_str()));
+            add(&[text("-fsdev"), &share]);
+            add(&[text("-device"), text(&format!("virtio-9p-pci,fsdev=share{index},mount_tag={tag}"))]);
+        }
+        options
+    }
+}
+
+/// `value` as part of an option of the emulator, where commas separate.
+fn escape_commas(value: &OsStr) -> OsString {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let bytes = value.as_bytes().iter();
+    OsString::from_vec(
+        bytes.flat_map(|byte| std::iter::repeat_n(*byte, if *byte == b',' { 2 } else { 1 })).collect(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_writable_and_the_root_is_not() {
+        let machine = Machine {
+            kernel: "/k".into(),
+            initrd: "/i".into(),
+            firmware: "/f".into(),
+            memory: 1024,
+            cpus: 3,
+            shares: vec![("share1".into(), "/tmp/a,b c".into())],
+        };
+        let options = machine.options();
+        let after = |flag: &str| {
+            let follows = |pair: &&[OsString]| pair[0] == flag;
+            options.windows(2).filter(follows).map(|pair| pair[1].to_str().unwrap()).collect::<Vec<_>>()
+        };
+        let shares = after("-fsdev");
+        assert!(shares[0].contains("readonly=on") && shares[0].ends_with("path=/"));
+        assert!(!shares[1].contains("readonly") && shares[1].ends_with("path=/tmp/a,,b c"));
+        assert_eq!((after("-m"), after("-smp")), (vec!["1024"], vec!["3"]));
+    }
+}
