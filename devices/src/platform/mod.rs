@@ -1,13 +1,17 @@
 //! The small devices that every domain has: interrupt controller, serial port,
 //! power management, and the ports through which a guest speaks to the monitor.
 
+pub mod console;
 pub mod guest_port;
 pub mod i8042;
 pub mod ioapic;
 pub mod power;
 pub mod pvpanic;
+pub mod serial;
 #[cfg(test)]
 mod testing;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What a guest asks of the monitor, or tells it. Called on a vCPU thread;
 /// implementations only take note.
@@ -22,6 +26,11 @@ pub trait GuestRequests: Send + Sync {
     fn exit_code(&self, code: u8);
     /// The guest reached user space.
     fn user_space(&self);
+}
+
+/// Locks `mutex`, also when a thread panicked with it: no state here is left half changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A write as the writes of single bytes that an ISA bus makes of it: (offset, byte).
