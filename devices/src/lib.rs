@@ -8,4 +8,5 @@
 pub mod bus;
 pub mod interrupt;
 pub mod platform;
+pub mod rate_limiter;
 pub mod virtio;
