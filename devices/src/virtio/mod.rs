@@ -13,6 +13,7 @@
 //! `DEVICE_NEEDS_RESET` and raises a configuration interrupt. Nothing else is
 //! affected.
 
+pub mod block;
 pub mod chain;
 pub mod mmio;
 mod registers;

@@ -1,0 +1,6 @@
+//! The whole device, with real files, hand-made queues, and both engines.
+
+mod guest;
+mod hostile;
+mod io;
+mod turns;
