@@ -34,45 +34,31 @@ pub struct Capability {
     pub name: &'static str,
     /// What the monitor does with it.
     pub purpose: &'static str,
-    /// The first Linux that has it.
-    pub since: &'static str,
 }
 
-const fn needs(number: u32, name: &'static str, since: &'static str, purpose: &'static str) -> Capability {
-    Capability { number, name, purpose, since }
+const fn needs(number: u32, name: &'static str, purpose: &'static str) -> Capability {
+    Capability { number, name, purpose }
 }
 
 /// Everything that a plain domain needs of KVM.
 pub const CAPABILITIES: [Capability; 13] = [
-    needs(kvm::KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY", "2.6.25", "guest memory from user space"),
-    needs(kvm::KVM_CAP_SET_TSS_ADDR, "KVM_CAP_SET_TSS_ADDR", "2.6.24", "room for KVM's task state segment"),
-    needs(
-        kvm::KVM_CAP_SET_IDENTITY_MAP_ADDR,
-        "KVM_CAP_SET_IDENTITY_MAP_ADDR",
-        "2.6.31",
-        "room for KVM's identity map",
-    ),
-    needs(kvm::KVM_CAP_EXT_CPUID, "KVM_CAP_EXT_CPUID", "2.6.26", "the CPUID that a guest sees"),
-    needs(kvm::KVM_CAP_MP_STATE, "KVM_CAP_MP_STATE", "2.6.26", "starting the other vCPUs"),
-    needs(kvm::KVM_CAP_VCPU_EVENTS, "KVM_CAP_VCPU_EVENTS", "2.6.33", "pending events of a vCPU"),
-    needs(
-        kvm::KVM_CAP_GET_TSC_KHZ,
-        "KVM_CAP_GET_TSC_KHZ",
-        "2.6.39",
-        "the frequency of the time stamp counter",
-    ),
-    needs(
-        kvm::KVM_CAP_SPLIT_IRQCHIP,
-        "KVM_CAP_SPLIT_IRQCHIP",
-        "4.5",
-        "local APICs in KVM, the I/O APIC outside",
-    ),
-    needs(kvm::KVM_CAP_IRQ_ROUTING, "KVM_CAP_IRQ_ROUTING", "2.6.30", "interrupt pins as messages"),
-    needs(kvm::KVM_CAP_IRQFD, "KVM_CAP_IRQFD", "2.6.32", "interrupts without a system call of the monitor"),
-    needs(kvm::KVM_CAP_SIGNAL_MSI, "KVM_CAP_SIGNAL_MSI", "3.5", "interrupts as messages"),
-    needs(kvm::KVM_CAP_IOEVENTFD, "KVM_CAP_IOEVENTFD", "2.6.32", "notifications without leaving the kernel"),
-    needs(kvm::KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "4.12", "kicks that cannot be lost"),
+    needs(kvm::KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY", "guest memory from user space"),
+    needs(kvm::KVM_CAP_SET_TSS_ADDR, "KVM_CAP_SET_TSS_ADDR", "room for KVM's task state segment"),
+    needs(kvm::KVM_CAP_SET_IDENTITY_MAP_ADDR, "KVM_CAP_SET_IDENTITY_MAP_ADDR", "room for KVM's identity map"),
+    needs(kvm::KVM_CAP_EXT_CPUID, "KVM_CAP_EXT_CPUID", "the CPUID that a guest sees"),
+    needs(kvm::KVM_CAP_MP_STATE, "KVM_CAP_MP_STATE", "starting the other vCPUs"),
+    needs(kvm::KVM_CAP_VCPU_EVENTS, "KVM_CAP_VCPU_EVENTS", "pending events of a vCPU"),
+    needs(kvm::KVM_CAP_GET_TSC_KHZ, "KVM_CAP_GET_TSC_KHZ", "the frequency of the time stamp counter"),
+    needs(kvm::KVM_CAP_SPLIT_IRQCHIP, "KVM_CAP_SPLIT_IRQCHIP", "local APICs in KVM, the I/O APIC outside"),
+    needs(kvm::KVM_CAP_IRQ_ROUTING, "KVM_CAP_IRQ_ROUTING", "interrupt pins as messages"),
+    needs(kvm::KVM_CAP_IRQFD, "KVM_CAP_IRQFD", "interrupts without a system call of the monitor"),
+    needs(kvm::KVM_CAP_SIGNAL_MSI, "KVM_CAP_SIGNAL_MSI", "interrupts as messages"),
+    needs(kvm::KVM_CAP_IOEVENTFD, "KVM_CAP_IOEVENTFD", "notifications without leaving the kernel"),
+    needs(kvm::KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "kicks that cannot be lost"),
 ];
+
+/// The first Linux that has them all; the last to come was `KVM_CAP_IMMEDIATE_EXIT`.
+const OLDEST_LINUX: &str = "4.11";
 
 /// Why no domain can run on this host.
 #[derive(Debug, thiserror::Error)]
@@ -118,7 +104,7 @@ pub enum HostError {
         found: i32,
     },
     /// KVM lacks a capability.
-    #[error("KVM lacks {} ({}); {}", .0.name, .0.purpose, newer_kernel(.0.since))]
+    #[error("KVM lacks {} ({}); {}", .0.name, .0.purpose, newer_kernel(OLDEST_LINUX))]
     MissingCapability(
         /// What is missing.
         Capability,
@@ -134,7 +120,7 @@ impl HostError {
             | Self::Open { remedy, .. }
             | Self::NotKvm { remedy, .. } => remedy.clone(),
             Self::ApiVersion { .. } => "run a mainline Linux".to_owned(),
-            Self::MissingCapability(capability) => newer_kernel(capability.since),
+            Self::MissingCapability(_) => newer_kernel(OLDEST_LINUX),
         }
     }
 }

@@ -96,7 +96,7 @@ impl Survey {
             Check {
                 name: needed.name,
                 ok,
-                reason: needed.purpose.to_owned(),
+                reason: if ok { needed.purpose.to_owned() } else { format!("missing: {}", needed.purpose) },
                 remedy: (!ok).then(|| if kvm.is_some() { error.remedy() } else { NEEDS_KVM.to_owned() }),
             }
         }));
@@ -353,7 +353,7 @@ mod tests {
         assert!(!survey.platforms.plain);
         assert!(find(&survey, "kvm").ok);
         let split = find(&survey, "KVM_CAP_SPLIT_IRQCHIP");
-        assert!(!split.ok && split.remedy.as_ref().is_some_and(|remedy| remedy.contains("Linux 4.5")));
+        assert!(!split.ok && split.remedy.as_ref().is_some_and(|remedy| remedy.contains("Linux 4.11")));
         assert!(find(&survey, "KVM_CAP_IRQFD").ok);
     }
 
