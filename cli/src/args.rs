@@ -1,0 +1,364 @@
+//! The command line, and the configuration that it describes.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use cofferdam_api::config::{
+    BootSource, Confidential, DEFAULT_COMMAND_LINE, DomainConfig, MachineConfig, PlatformChoice, Serial,
+    SerialMode, Vsock,
+};
+use cofferdam_api::validate::{ConfigError, VCPU_COUNT, check_id};
+
+use crate::drive::DriveArg;
+use crate::units::{parse_size, parse_time};
+
+/// Runs each workload in a virtual machine of its own.
+#[derive(Debug, Parser)]
+#[command(name = "cofferdam", version, after_help = TOP_EXAMPLES, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const TOP_EXAMPLES: &str = "\
+Examples:
+  cofferdam host check                     What can this machine do?
+  cofferdam run --kernel vmlinuz --initrd initrd.img
+                                           Boot a Linux kernel, its console on this terminal
+  cofferdam run --help                     All options, more examples, exit codes";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a domain, show its console, and wait until it ends
+    Run(Box<RunArgs>),
+    /// Questions about this machine
+    #[command(subcommand)]
+    Host(HostCommand),
+}
+
+/// The commands about the host.
+#[derive(Debug, Subcommand)]
+pub enum HostCommand {
+    /// List what this machine can do, why not, and what would change that
+    #[command(after_help = "Exit code: 0 if a plain domain can run here, 125 if not.")]
+    Check {
+        /// Print one JSON object: `checks` (name, ok, reason, remedy) and `platforms`
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  Boot a kernel with an initial RAM disk:
+    cofferdam run --kernel vmlinuz --initrd initrd.img
+
+  Two CPUs, 1 GiB, a root disk, a read-only data disk limited to 10 MiB/s, vsock:
+    cofferdam run --kernel vmlinuz --initrd initrd.img --cpus 2 --memory 1G \\
+        --drive path=root.img,root --drive path=data.img,ro,id=data,bandwidth=10M \\
+        --vsock domain.sock
+
+  For scripts, the console in a file and the result as JSON:
+    cofferdam run --kernel vmlinuz --initrd initrd.img --console file=console.log --json
+
+On a terminal, Ctrl-A x stops the domain at once and Ctrl-A Ctrl-A sends a Ctrl-A.
+SIGTERM, SIGINT and SIGHUP press its power button; a second one stops it at once.
+
+Exit codes (exit_reason in the JSON):
+  0 or the guest's own code   the guest powered off (power_off)
+  120  the guest's own checks stopped it (refused_by_guest)
+  121  reboot, panic
+  122  triple_fault, vcpu_error
+  123  launch_refused
+  124  monitor_error
+  125  bad configuration or host, nothing was started (config)
+  143  stopped by a signal or the API (stopped)";
+
+/// `cofferdam run`.
+#[derive(Debug, Args)]
+#[command(after_help = RUN_EXAMPLES)]
+pub struct RunArgs {
+    /// The kernel: an ELF vmlinux or a bzImage
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// The initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line, at most 2048 bytes
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, default_value = DEFAULT_COMMAND_LINE)]
+    pub cmdline: String,
+    /// Number of CPUs, 1 to 32
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u64,
+    /// Memory, 32M to 64G
+    #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_size)]
+    pub memory: u64,
+    /// A disk: path=FILE[,ro][,root][,id=NAME][,iops=N][,bandwidth=N]; may be given several times
+    ///
+    /// A raw image or a block device. `ro` forbids writing, `root` makes it the root file system, `iops`
+    /// and `bandwidth` limit requests and bytes per second. A comma in FILE is written twice.
+    #[arg(long = "drive", value_name = "SPEC", value_parser = DriveArg::parse)]
+    pub drives: Vec<DriveArg>,
+    /// Unix socket on which the host reaches the guest's vsock; the guest reaches SOCKET_<port>
+    #[arg(long, value_name = "SOCKET")]
+    pub vsock: Option<PathBuf>,
+    /// Vsock context id of the guest, 3 or more
+    #[arg(long, value_name = "CID", default_value_t = 3, requires = "vsock")]
+    pub guest_cid: u32,
+    /// The serial console: stdio, none, or file=FILE
+    #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = Console::parse)]
+    pub console: Console,
+    /// How the domain is protected
+    #[arg(long, value_enum, value_name = "PLATFORM", default_value_t = PlatformArg::Auto)]
+    pub platform: PlatformArg,
+    /// Name of the domain [default: domain-<process id>]
+    #[arg(long, value_name = "NAME")]
+    pub id: Option<String>,
+    /// Time between a press of the power button and a hard stop: 10s, 500ms, 2m
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
+    pub stop_timeout: Duration,
+    /// The monitor's program [default: cofferdam-vmm beside this one, else in PATH]
+    #[arg(long, value_name = "FILE")]
+    pub vmm: Option<PathBuf>,
+    /// End standard output with one line of JSON: how the domain ended
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Where the console goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Console {
+    /// Standard input and output.
+    Stdio,
+    /// Nowhere.
+    None,
+    /// Appended to a file.
+    File(PathBuf),
+}
+
+impl Console {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "stdio" => Ok(Self::Stdio),
+            "none" => Ok(Self::None),
+            _ => text
+                .strip_prefix("file=")
+                .map(|file| Self::File(file.into()))
+                .ok_or_else(|| "it is stdio, none or file=FILE".to_owned()),
+        }
+    }
+
+    fn serial(&self) -> Serial {
+        match self {
+            Self::Stdio => Serial { mode: SerialMode::Stdio, serial_out_path: None },
+            Self::None => Serial { mode: SerialMode::None, serial_out_path: None },
+            Self::File(file) => Serial { mode: SerialMode::File, serial_out_path: Some(file.clone()) },
+        }
+    }
+}
+
+/// The value of `--platform`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PlatformArg {
+    /// The best that the host offers
+    Auto,
+    /// An ordinary virtual machine: the host can read and change everything in it
+    Plain,
+}
+
+impl RunArgs {
+    /// The configuration that these arguments describe, valid as far as that
+    /// can be told without touching the host. Errors begin with the option.
+    pub fn domain_config(&self) -> Result<DomainConfig, String> {
+        let config = self.unchecked_config()?;
+        config.validate().map_err(|error| with_option(&error))?;
+        Ok(config)
+    }
+
+    fn unchecked_config(&self) -> Result<DomainConfig, String> {
+        let vcpu_count = u8::try_from(self.cpus).map_err(|_| {
+            let (min, max) = VCPU_COUNT;
+            let field = "machine-config.vcpu_count".to_owned();
+            with_option(&ConfigError::OutOfRange { field, value: self.cpus, min, max })
+        })?;
+        if !self.memory.is_multiple_of(1 << 20) {
+            return Err(format!("--memory: {} bytes are not a whole number of MiB", self.memory));
+        }
+        Ok(DomainConfig {
+            machine: MachineConfig { vcpu_count, mem_size_mib: self.memory >> 20 },
+            boot: BootSource {
+                kernel_image_path: self.kernel.clone(),
+                initrd_path: self.initrd.clone(),
+                boot_args: Some(self.cmdline.clone()),
+            },
+            drives: self
+                .drives
+                .iter()
+                .cloned()
+                .enumerate()
+                .map(|(index, drive)| drive.into_drive(index))
+                .collect(),
+            vsock: self.vsock.clone().map(|uds_path| Vsock { guest_cid: self.guest_cid, uds_path }),
+            serial: self.console.serial(),
+            confidential: Confidential {
+                platform: match self.platform {
+                    PlatformArg::Auto => PlatformChoice::Auto,
+                    PlatformArg::Plain => PlatformChoice::Plain,
+                },
+            },
+            stop_timeout_ms: u64::try_from(self.stop_timeout.as_millis()).unwrap_or(u64::MAX),
+        })
+    }
+
+    /// Name of the domain.
+    pub fn domain_id(&self) -> Result<String, String> {
+        match &self.id {
+            Some(id) => check_id("--id", id).map(|()| id.clone()).map_err(|error| error.to_string()),
+            None => Ok(format!("domain-{}", std::process::id())),
+        }
+    }
+}
+
+/// The message of `error`, after the option that gave the field its value.
+fn with_option(error: &ConfigError) -> String {
+    const OPTIONS: [(&str, &str); 9] = [
+        ("machine-config.vcpu_count", "--cpus"),
+        ("machine-config.mem_size_mib", "--memory"),
+        ("boot-source.kernel_image_path", "--kernel"),
+        ("boot-source.initrd_path", "--initrd"),
+        ("boot-source.boot_args", "--cmdline"),
+        ("drives", "--drive"),
+        ("vsock.guest_cid", "--guest-cid"),
+        ("vsock.uds_path", "--vsock"),
+        ("serial", "--console"),
+    ];
+    let field = error.field().unwrap_or_default();
+    match OPTIONS.iter().find(|(prefix, _)| field.starts_with(prefix)) {
+        Some((_, option)) => format!("{option}: {error}"),
+        None if field == "stop_timeout_ms" => format!("--stop-timeout: {error}"),
+        None => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn run_args(extra: &[&str]) -> Result<Box<RunArgs>, clap::Error> {
+        let words = ["cofferdam", "run", "--kernel", "k"].iter().chain(extra);
+        match Cli::try_parse_from(words)?.command {
+            Command::Run(args) => Ok(args),
+            Command::Host(_) => unreachable!("the command line says run"),
+        }
+    }
+
+    fn config(extra: &[&str]) -> Result<DomainConfig, String> {
+        run_args(extra).map_err(|error| error.to_string())?.domain_config()
+    }
+
+    #[test]
+    fn clap_finds_the_definition_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults() {
+        let config = config(&[]).unwrap();
+        assert_eq!(config.machine, MachineConfig { vcpu_count: 1, mem_size_mib: 128 });
+        assert_eq!(config.boot.kernel_image_path.to_str(), Some("k"));
+        assert_eq!(config.boot.initrd_path, None);
+        assert_eq!(config.command_line(), DEFAULT_COMMAND_LINE);
+        assert_eq!((config.drives.len(), &config.vsock), (0, &None));
+        assert_eq!(config.serial, Serial::default());
+        assert_eq!(config.confidential.platform, PlatformChoice::Auto);
+        assert_eq!(config.stop_timeout_ms, 10_000);
+        assert_eq!(run_args(&[]).unwrap().domain_id().unwrap(), format!("domain-{}", std::process::id()));
+    }
+
+    #[test]
+    fn the_line_of_the_issue() {
+        let config = config(&[
+            "--initrd",
+            "initrd.img",
+            "--cmdline",
+            "-q S",
+            "--cpus",
+            "2",
+            "--memory",
+            "256M",
+            "--drive",
+            "path=disk.img,ro,id=root,iops=7,bandwidth=8",
+            "--drive",
+            "path=b,root",
+            "--vsock",
+            "d.sock",
+            "--console",
+            "file=F",
+            "--platform",
+            "plain",
+            "--id",
+            "NAME",
+            "--json",
+            "--guest-cid",
+            "5",
+            "--stop-timeout",
+            "500ms",
+        ])
+        .unwrap();
+        assert_eq!(config.machine, MachineConfig { vcpu_count: 2, mem_size_mib: 256 });
+        assert_eq!(config.boot.initrd_path, Some("initrd.img".into()));
+        assert_eq!(config.command_line(), "-q S root=/dev/vdb rw");
+        assert_eq!(config.drives[0].drive_id, "root");
+        assert_eq!(config.drives[1].drive_id, "drive1");
+        assert_eq!(config.vsock, Some(Vsock { guest_cid: 5, uds_path: "d.sock".into() }));
+        assert_eq!(config.serial, Serial { mode: SerialMode::File, serial_out_path: Some("F".into()) });
+        assert_eq!(config.confidential.platform, PlatformChoice::Plain);
+        assert_eq!(config.stop_timeout_ms, 500);
+    }
+
+    #[test]
+    fn bad_values_name_the_option() {
+        let long = "x".repeat(2049);
+        let socket = "s".repeat(97);
+        for (extra, part) in [
+            (vec!["--cpus", "0"], "--cpus: machine-config.vcpu_count: 0 is not between 1 and 32"),
+            (vec!["--cpus", "33"], "--cpus: machine-config.vcpu_count: 33 is not between 1 and 32"),
+            (vec!["--cpus", "300"], "--cpus: machine-config.vcpu_count: 300 is not between 1 and 32"),
+            (vec!["--cpus", "two"], "--cpus"),
+            (
+                vec!["--memory", "16M"],
+                "--memory: machine-config.mem_size_mib: 16 is not between 32 and 65536",
+            ),
+            (vec!["--memory", "65G"], "--memory: machine-config.mem_size_mib: 66560 is not"),
+            (vec!["--memory", "33000K"], "--memory: 33792000 bytes are not a whole number of MiB"),
+            (vec!["--memory", "256"], "write 256M"),
+            (vec!["--cmdline", &long], "--cmdline: boot-source.boot_args: 2049 bytes long"),
+            (vec!["--initrd", ""], "'--initrd <FILE>'"),
+            (
+                vec!["--drive", "path=a,id=x", "--drive", "path=b,id=x"],
+                "--drive: drives[1].drive_id: \"x\" is used twice",
+            ),
+            (vec!["--drive", "path=a,id=drive1", "--drive", "path=b"], "\"drive1\" is used twice"),
+            (vec!["--drive", "path=a,iops=0"], "--drive: drives[0].rate_limiter.ops.size: must not be 0"),
+            (vec!["--drive", "a"], "path=FILE"),
+            (vec!["--vsock", &socket], "--vsock: vsock.uds_path: 97 bytes long"),
+            (vec!["--vsock", "s", "--guest-cid", "2"], "--guest-cid: vsock.guest_cid: 2"),
+            (vec!["--guest-cid", "4"], "--vsock"),
+            (vec!["--console", "tty"], "stdio, none or file=FILE"),
+            (vec!["--console", "file="], "--console: serial.serial_out_path: is empty"),
+            (vec!["--platform", "snp"], "--platform"),
+            (vec!["--stop-timeout", "25000m"], "--stop-timeout: stop_timeout_ms: "),
+            (vec!["--kernel", "k2"], "--kernel"),
+        ] {
+            let error = config(&extra).unwrap_err();
+            assert!(error.contains(part), "{extra:?}: {error}");
+        }
+        let id = |id| run_args(&["--id", id]).unwrap().domain_id();
+        assert_eq!(id("web-1").unwrap(), "web-1");
+        assert!(id("a/b").unwrap_err().starts_with("--id: "));
+    }
+}

@@ -1,0 +1,190 @@
+//! `cofferdam run`: a domain from its configuration to its outcome.
+
+use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use cofferdam_api::config::DomainConfig;
+use cofferdam_api::status::{ExitReason, Outcome, Phases, Platform};
+
+use crate::args::{Console, RunArgs};
+use crate::console::{Keyboard, Screen};
+use crate::monitor::{Launch, Monitor};
+use crate::say::{Tone, say};
+use crate::signals::Signals;
+use crate::status::StatusReader;
+use crate::supervise::{Ended, Supervisor};
+use crate::terminal::{Input, RawTerminal};
+
+/// Runs a domain; `start_time_us` is when this process began. Returns the exit code.
+pub fn run(args: &RunArgs, start_time_us: u64) -> u8 {
+    let result = configure(args).and_then(|(config, id)| {
+        let ended = execute(args, &config, &id, start_time_us)?;
+        Ok((id, ended))
+    });
+    let (name, ended) = match result {
+        Ok((id, ended)) => (Some(id), ended),
+        Err(message) => (None, Ended { outcome: refused(message), in_order: true, line_is_open: false }),
+    };
+    report(name.as_deref(), &ended.outcome);
+    if args.json {
+        print_json(&ended.outcome, ended.line_is_open);
+    }
+    ended.outcome.process_exit_code()
+}
+
+/// The outcome of a domain that was refused before anything was started.
+pub fn refused(message: String) -> Outcome {
+    Outcome {
+        platform: None,
+        protected: false,
+        exit_reason: ExitReason::Config,
+        exit_code: None,
+        message,
+        phases: Phases::new(),
+    }
+}
+
+/// Prints `outcome` as a line of its own.
+pub fn print_json(outcome: &Outcome, line_is_open: bool) {
+    let start = if line_is_open { "\n" } else { "" };
+    // Numbers, texts and maps with text keys always have a form in JSON.
+    let json = serde_json::to_string(outcome).unwrap_or_default();
+    let mut stdout = io::stdout().lock();
+    // Who closed standard output does not want it; the exit code says it too.
+    let _ = stdout.write_all(format!("{start}{json}\n").as_bytes()).and_then(|()| stdout.flush());
+}
+
+fn configure(args: &RunArgs) -> Result<(DomainConfig, String), String> {
+    let id = args.domain_id()?;
+    Ok((args.domain_config()?, id))
+}
+
+fn execute(args: &RunArgs, config: &DomainConfig, id: &str, start_time_us: u64) -> Result<Ended, String> {
+    let json = serde_json::to_vec(config)
+        .map_err(|error| format!("the configuration has no form in JSON: {error}"))?;
+    let socket = config.vsock.as_ref().map(|vsock| Socket::before(vsock.uds_path.clone()));
+    let signals = Signals::catch().map_err(|error| format!("cannot catch signals: {error}"))?;
+    let on_stdio = args.console == Console::Stdio;
+    let input = if on_stdio { Input::look() } else { Input::Background };
+    let terminal = match input {
+        Input::Terminal => {
+            Some(RawTerminal::enter().map_err(|error| format!("cannot set up the terminal: {error}"))?)
+        }
+        Input::File | Input::Background => None,
+    };
+    let raw = terminal.is_some();
+    let (monitor, pipes) = Monitor::start(Launch {
+        program: args.vmm.as_deref(),
+        config: &json,
+        id,
+        start_time_us,
+        stdin: match input {
+            Input::Terminal => Stdio::piped(),
+            Input::File => Stdio::inherit(),
+            Input::Background => Stdio::null(),
+        },
+        stdout: match (on_stdio, args.json) {
+            (true, true) => Stdio::piped(),
+            (true, false) => Stdio::inherit(),
+            (false, _) => Stdio::null(),
+        },
+    })?;
+    let supervisor = Supervisor {
+        monitor,
+        status: StatusReader::new(pipes.status),
+        signals,
+        keyboard: pipes.stdin.map(Keyboard::new),
+        screen: pipes.stdout.map(Screen::new),
+        stop_timeout: args.stop_timeout,
+    };
+    let ended = supervisor.run(|platform, protected| say_running(id, platform, protected, raw));
+    // Back from raw mode, before anything is said.
+    drop(terminal);
+    if let (false, Some(socket)) = (ended.in_order, socket) {
+        socket.remove_if_new();
+    }
+    Ok(ended)
+}
+
+fn say_running(id: &str, platform: Platform, protected: bool, raw: bool) {
+    let platform = match platform {
+        Platform::Plain => "plain",
+    };
+    let (tone, protection) =
+        if protected { (Tone::Plain, "protected") } else { (Tone::Warning, "not protected") };
+    say(tone, &format!("domain {id} runs on platform {platform}: {protection}"), raw);
+    if raw && io::stderr().is_terminal() {
+        say(Tone::Plain, "Ctrl-A x stops the domain, Ctrl-A Ctrl-A sends a Ctrl-A", raw);
+    }
+}
+
+/// Says how the domain ended, unless it powered itself off and found nothing wrong.
+fn report(name: Option<&str>, outcome: &Outcome) {
+    let code = outcome.process_exit_code();
+    let tone = match outcome.exit_reason {
+        ExitReason::PowerOff if code == 0 => return,
+        ExitReason::PowerOff | ExitReason::Stopped => Tone::Plain,
+        _ => Tone::Error,
+    };
+    let message = &outcome.message;
+    match (name, outcome.exit_reason) {
+        (Some(name), ExitReason::PowerOff) => {
+            say(tone, &format!("domain {name}: {message} (exit code {code})"), false)
+        }
+        (Some(name), _) => say(tone, &format!("domain {name}: {message}"), false),
+        (None, _) => say(tone, message, false),
+    }
+}
+
+/// The vsock socket, which a monitor that was killed leaves behind.
+struct Socket {
+    path: PathBuf,
+    /// Device and inode of what was there before: that is another domain's.
+    before: Option<(u64, u64)>,
+}
+
+impl Socket {
+    fn before(path: PathBuf) -> Self {
+        let before = Self::look(&path);
+        Self { path, before }
+    }
+
+    fn look(path: &PathBuf) -> Option<(u64, u64)> {
+        let meta = std::fs::symlink_metadata(path).ok().filter(|meta| meta.file_type().is_socket())?;
+        Some((meta.dev(), meta.ino()))
+    }
+
+    fn remove_if_new(&self) {
+        let now = Self::look(&self.path);
+        if now.is_some() && now != self.before {
+            // Someone else may have been faster.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn only_a_new_socket_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("v.sock");
+
+        let socket = Socket::before(path.clone());
+        drop(UnixListener::bind(&path).unwrap());
+        Socket::before(path.clone()).remove_if_new();
+        assert!(path.exists(), "it was there before");
+        socket.remove_if_new();
+        assert!(!path.exists());
+
+        let socket = Socket::before(path.clone());
+        std::fs::write(&path, "").unwrap();
+        socket.remove_if_new();
+        assert!(path.exists(), "no socket");
+    }
+}

@@ -1,0 +1,51 @@
+//! Messages for a person, on standard error. Nothing here fails: who closed
+//! standard error does not want them.
+
+use std::env;
+use std::io::{self, IsTerminal, Write};
+
+/// How a message looks on a terminal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tone {
+    /// As it is.
+    Plain,
+    /// Yellow.
+    Warning,
+    /// Red.
+    Error,
+}
+
+/// Prints one line. With a terminal in raw mode, which does not go back to the
+/// left edge by itself, `raw` does that.
+pub fn say(tone: Tone, message: &str, raw: bool) {
+    let end = if raw && io::stderr().is_terminal() { "\r\n" } else { "\n" };
+    let line = format_line(tone, message, coloured(&io::stderr()));
+    let _ = io::stderr().lock().write_all(format!("{line}{end}").as_bytes());
+}
+
+/// Whether colours may be used on `stream`: on a terminal, unless NO_COLOR is set.
+pub fn coloured(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+fn format_line(tone: Tone, message: &str, coloured: bool) -> String {
+    // A message may quote a file name or a guest: no control codes for the terminal.
+    let message: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    match tone {
+        Tone::Warning if coloured => format!("cofferdam: \x1b[33m{message}\x1b[0m"),
+        Tone::Error if coloured => format!("cofferdam: \x1b[31m{message}\x1b[0m"),
+        _ => format!("cofferdam: {message}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colours_and_control_codes() {
+        assert_eq!(format_line(Tone::Error, "a\x1b[2Jb\n", false), "cofferdam: a [2Jb ");
+        assert_eq!(format_line(Tone::Error, "a", true), "cofferdam: \x1b[31ma\x1b[0m");
+        assert_eq!(format_line(Tone::Plain, "a", true), "cofferdam: a");
+    }
+}

@@ -1,0 +1,295 @@
+//! One loop that waits for everything at once: the monitor's report and its
+//! end, signals, the keyboard, the screen, and the time by which a monitor that
+//! was asked to stop must have done so.
+//!
+//! A request to stop is a SIGTERM to the monitor, and it then presses the power
+//! button; a second one stops the domain at once. The kernel merges signals that
+//! are pending together, so the second one is repeated until the monitor ends. One
+//! that does not end in time is killed.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use cofferdam_api::status::{Event, ExitReason, Outcome, Phases, Platform};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::Signal;
+
+use crate::console::{Keyboard, Screen};
+use crate::monitor::Monitor;
+use crate::signals::Signals;
+use crate::status::StatusReader;
+
+/// What a monitor may take beyond the domain's own time to stop, and after its last word.
+const GRACE: Duration = Duration::from_secs(30);
+/// Time between two requests to stop at once.
+const REPEAT: Duration = Duration::from_millis(200);
+
+/// What the loop waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Monitor,
+    Status,
+    Signals,
+    Typed,
+    ToMonitor,
+    FromMonitor,
+    Shown,
+}
+
+/// How urgently the monitor was asked to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
+enum Stop {
+    No,
+    InOrder,
+    AtOnce,
+}
+
+/// A running monitor and everything that goes in and out of it.
+pub struct Supervisor {
+    /// The process.
+    pub monitor: Monitor,
+    /// Its report.
+    pub status: StatusReader,
+    /// Requests to stop.
+    pub signals: Signals,
+    /// What is typed, if that does not go straight to the monitor.
+    pub keyboard: Option<Keyboard>,
+    /// What is shown, if that does not come straight from the monitor.
+    pub screen: Option<Screen>,
+    /// Time that the domain has after a press of its power button.
+    pub stop_timeout: Duration,
+}
+
+/// How it went.
+pub struct Ended {
+    /// How the domain ended.
+    pub outcome: Outcome,
+    /// Whether the monitor came to its own end and cleaned up.
+    pub in_order: bool,
+    /// Whether the screen shows a line without an end.
+    pub line_is_open: bool,
+}
+
+/// What changes while the loop runs.
+struct Progress {
+    platform: Option<(Platform, bool)>,
+    outcome: Option<Outcome>,
+    stop: Stop,
+    repeat_at: Option<Instant>,
+    kill_at: Option<Instant>,
+    killed: bool,
+}
+
+impl Supervisor {
+    /// Waits until the monitor has ended. `running` is called when the domain runs.
+    pub fn run(mut self, mut running: impl FnMut(Platform, bool)) -> Ended {
+        let mut progress = Progress {
+            platform: None,
+            outcome: None,
+            stop: Stop::No,
+            repeat_at: None,
+            kill_at: None,
+            killed: false,
+        };
+        let exit = loop {
+            let ready = self.wait(progress.next_deadline());
+            for &source in &ready {
+                self.serve(source, &mut progress, &mut running);
+            }
+            self.on_time(&mut progress);
+            if ready.contains(&Source::Monitor) {
+                break self.monitor.wait();
+            }
+        };
+        self.status.read(|event| progress.note(event, &mut running));
+        self.show_the_rest();
+        let line_is_open = self.screen.as_ref().is_some_and(Screen::line_is_open);
+        let in_order = progress.outcome.is_some() && exit.as_ref().is_ok_and(|exit| exit.signal().is_none());
+        let outcome = match progress.outcome.take() {
+            Some(outcome) => outcome,
+            None => progress.without_a_word(exit, self.status.fault()),
+        };
+        Ended { outcome, in_order, line_is_open }
+    }
+
+    /// Waits for the first thing to happen, until `deadline`.
+    fn wait(&self, deadline: Option<Instant>) -> Vec<Source> {
+        let stdin = io::stdin();
+        let stdout = io::stdout();
+        let mut waits: Vec<(Source, BorrowedFd<'_>, PollFlags)> = vec![
+            (Source::Signals, self.signals.as_fd(), PollFlags::IN),
+            (Source::Monitor, self.monitor.pidfd.as_fd(), PollFlags::IN),
+        ];
+        if self.status.is_open() {
+            waits.push((Source::Status, self.status.as_fd(), PollFlags::IN));
+        }
+        if let Some(keyboard) = &self.keyboard {
+            if keyboard.listens() {
+                waits.push((Source::Typed, stdin.as_fd(), PollFlags::IN));
+            }
+            if let Some(pipe) = keyboard.waits_for() {
+                waits.push((Source::ToMonitor, pipe, PollFlags::OUT));
+            }
+        }
+        if let Some(screen) = &self.screen {
+            if screen.is_pending() {
+                waits.push((Source::Shown, stdout.as_fd(), PollFlags::OUT));
+            }
+            if let Some(pipe) = screen.waits_for() {
+                waits.push((Source::FromMonitor, pipe, PollFlags::IN));
+            }
+        }
+        wait_for(&waits, deadline)
+    }
+
+    fn serve(&mut self, source: Source, progress: &mut Progress, running: &mut impl FnMut(Platform, bool)) {
+        match source {
+            // Waited for when everything else is served.
+            Source::Monitor => {}
+            Source::Status => self.status.read(|event| progress.note(event, running)),
+            Source::Signals => {
+                for _ in 0..self.signals.take() {
+                    let next = if progress.stop == Stop::No { Stop::InOrder } else { Stop::AtOnce };
+                    self.ask(next, progress);
+                }
+            }
+            Source::Typed => {
+                if self.keyboard.as_mut().is_some_and(Keyboard::read) {
+                    self.ask(Stop::AtOnce, progress);
+                }
+            }
+            Source::ToMonitor => self.keyboard.iter_mut().for_each(Keyboard::write),
+            Source::FromMonitor => {
+                self.screen.as_mut().map(Screen::read);
+            }
+            Source::Shown => self.screen.iter_mut().for_each(Screen::write),
+        }
+    }
+
+    /// Asks the monitor to stop.
+    fn ask(&self, stop: Stop, progress: &mut Progress) {
+        self.monitor.signal(Signal::TERM);
+        let now = Instant::now();
+        let own_time = if stop == Stop::AtOnce { Duration::ZERO } else { self.stop_timeout };
+        progress.kill_by(now.checked_add(own_time.saturating_add(GRACE)));
+        if stop == Stop::AtOnce {
+            progress.repeat_at = now.checked_add(REPEAT);
+        }
+        progress.stop = stop;
+    }
+
+    /// Does what is due.
+    fn on_time(&self, progress: &mut Progress) {
+        let now = Instant::now();
+        if progress.repeat_at.is_some_and(|at| at <= now) {
+            self.ask(Stop::AtOnce, progress);
+        }
+        if progress.kill_at.is_some_and(|at| at <= now) {
+            self.monitor.signal(Signal::KILL);
+            (progress.kill_at, progress.repeat_at, progress.killed) = (None, None, true);
+        }
+    }
+
+    /// Shows what a monitor that has ended left in the pipe, unless someone who
+    /// does not read it makes us wait and a signal ends that.
+    fn show_the_rest(&mut self) {
+        let Some(screen) = &mut self.screen else { return };
+        let stdout = io::stdout();
+        loop {
+            while screen.is_pending() {
+                let signals = (Source::Signals, self.signals.as_fd(), PollFlags::IN);
+                let shown = (Source::Shown, stdout.as_fd(), PollFlags::OUT);
+                let ready = wait_for(&[signals, shown], None);
+                if ready.contains(&Source::Signals) {
+                    return;
+                }
+                if ready.contains(&Source::Shown) {
+                    screen.write();
+                }
+            }
+            if !screen.read() {
+                return;
+            }
+        }
+    }
+}
+
+impl Progress {
+    fn note(&mut self, event: Event, running: &mut impl FnMut(Platform, bool)) {
+        match event {
+            Event::Running { platform, protected } => {
+                if self.platform.replace((platform, protected)).is_none() {
+                    running(platform, protected);
+                }
+            }
+            Event::Stopped(outcome) => {
+                self.outcome.get_or_insert(outcome);
+                self.kill_by(Instant::now().checked_add(GRACE));
+            }
+        }
+    }
+
+    /// Kills the monitor at `at` if nothing was to kill it earlier.
+    fn kill_by(&mut self, at: Option<Instant>) {
+        if !self.killed {
+            self.kill_at = self.kill_at.into_iter().chain(at).min();
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        self.repeat_at.into_iter().chain(self.kill_at).min()
+    }
+
+    /// The outcome of a monitor that ended without telling one.
+    fn without_a_word(&self, exit: io::Result<ExitStatus>, fault: Option<&str>) -> Outcome {
+        let how = match exit {
+            _ if self.killed => "the monitor did not stop in time and was killed".to_owned(),
+            Ok(exit) => match (exit.signal(), exit.code()) {
+                (Some(signal), _) => format!("the monitor was killed by signal {signal}"),
+                (None, code) => format!(
+                    "the monitor exited with status {} without saying how the domain ended",
+                    code.unwrap_or_default()
+                ),
+            },
+            Err(error) => format!("the monitor was lost: {error}"),
+        };
+        let message = match fault {
+            Some(fault) => format!("{how}; its report cannot be read: {fault}"),
+            None => how,
+        };
+        Outcome {
+            platform: self.platform.map(|(platform, _)| platform),
+            protected: self.platform.is_some_and(|(_, protected)| protected),
+            exit_reason: ExitReason::MonitorError,
+            exit_code: None,
+            message,
+            phases: Phases::new(),
+        }
+    }
+}
+
+/// Those of `waits` for which something has happened, or none at `deadline`.
+fn wait_for(waits: &[(Source, BorrowedFd<'_>, PollFlags)], deadline: Option<Instant>) -> Vec<Source> {
+    let mut polled: Vec<PollFd<'_>> =
+        waits.iter().map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
+    let timeout = deadline.map(|at| {
+        let left = at.saturating_duration_since(Instant::now());
+        Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: left.subsec_nanos().into(),
+        }
+    });
+    match poll(&mut polled, timeout.as_ref()) {
+        Ok(_) => {}
+        // The signal is in its pipe.
+        Err(Errno::INTR) => return Vec::new(),
+        // Short of memory: not for long, and not in a busy loop.
+        Err(_) => std::thread::sleep(Duration::from_millis(10)),
+    }
+    let happened = |fd: &PollFd<'_>| !fd.revents().is_empty();
+    waits.iter().zip(&polled).filter(|(_, fd)| happened(fd)).map(|((source, ..), _)| *source).collect()
+}
