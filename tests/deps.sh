@@ -1,0 +1,47 @@
+#!/bin/sh
+# Installs what building and testing Cofferdam needs on Debian 12 (bookworm),
+# as far as it is missing, and says what it does. Kernels, busybox and firmware
+# for the tests are not installed: `cargo xtask assets` fetches them into a cache.
+set -eu
+
+# A C toolchain to link with; tools of the tests; libraries of the emulator.
+packages="gcc libc6-dev make git ca-certificates debian-archive-keyring
+    xz-utils zstd e2fsprogs util-linux
+    libglib2.0-0 libpixman-1-0 libnettle8 libhogweed6 libgmp10 libssl3 zlib1g"
+targets="x86_64-unknown-linux-musl x86_64-unknown-none"
+
+missing=
+for package in $packages; do
+    case $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) in
+    installed) ;;
+    *) missing="$missing $package" ;;
+    esac
+done
+if [ -n "$missing" ]; then
+    install="apt-get install -y --no-install-recommends$missing"
+    if [ "$(id -u)" = 0 ]; then
+        as_root=env
+    elif command -v sudo >/dev/null; then
+        as_root="sudo env"
+    else
+        echo "deps: as root, run: $install" >&2
+        exit 1
+    fi
+    echo "deps: $install"
+    $as_root apt-get -qq update
+    $as_root DEBIAN_FRONTEND=noninteractive $install
+fi
+
+if command -v rustup >/dev/null; then
+    installed=$(rustup target list --installed)
+    for target in $targets; do
+        if ! echo "$installed" | grep -qx "$target"; then
+            echo "deps: rustup target add $target"
+            rustup target add "$target"
+        fi
+    done
+elif ! command -v cargo >/dev/null; then
+    echo "deps: no Rust toolchain; install rustup, then the targets $targets" >&2
+    exit 1
+fi
+echo "deps: complete"
