@@ -45,9 +45,9 @@ const RIG_MODULES: [&str; 12] = [
     "loop",
 ];
 const RIG_INIT: &[u8] = include_bytes!("rig-init");
-const RIG_APPLETS: [&str; 14] = [
-    "sh", "mount", "mkdir", "cat", "insmod", "uname", "cut", "echo", "ip", "sleep", "chroot", "poweroff",
-    "dmesg", "ls",
+const RIG_APPLETS: [&str; 15] = [
+    "sh", "mount", "mkdir", "chmod", "cat", "insmod", "uname", "cut", "echo", "ip", "sleep", "chroot",
+    "poweroff", "dmesg", "ls",
 ];
 
 /// Paths of everything that tests need and the repository does not hold.

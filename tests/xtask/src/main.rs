@@ -37,8 +37,8 @@ enum Task {
 
 /// The command runs as root on this machine's file system below a throw-away
 /// overlay, in the current directory. /tmp and /var/tmp are passed through:
-/// what is written there stays; anything else that is written is lost. For
-/// Unix sockets and disk images use /run or /dev/shm, which are in memory. The
+/// what is written there stays; anything else that is written is lost. $TMPDIR,
+/// /run and /dev/shm are in memory: use them for sockets and disk images. The
 /// command's stdin is empty, its stdout and stderr come back byte-exact, and
 /// its exit status is returned; 124 after a timeout, 125 if the rig failed.
 #[derive(Debug, clap::Args)]
@@ -74,7 +74,7 @@ fn main() -> ExitCode {
     match Arguments::parse().task {
         Task::Assets { json } => report(assets(json), 1),
         Task::Rig(arguments) => rig(arguments),
-        Task::HasKvm => ExitCode::from(u8::from(!xtask::hardware_kvm())),
+        Task::HasKvm => has_kvm(),
         Task::Agent => report(xtask::agent::run(), 1),
     }
 }
@@ -100,6 +100,15 @@ fn assets(json: bool) -> Result<(), xtask::Error> {
         }
     }
     Ok(())
+}
+
+fn has_kvm() -> ExitCode {
+    if xtask::hardware_kvm() {
+        println!("yes: Linux guests run on this CPU");
+        return ExitCode::SUCCESS;
+    }
+    println!("no: no VMX or SVM in /proc/cpuinfo, or no access to /dev/kvm; Linux guests need the rig");
+    ExitCode::FAILURE
 }
 
 fn rig(arguments: RigArguments) -> ExitCode {

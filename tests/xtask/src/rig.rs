@@ -7,11 +7,17 @@
 //! [`Request::shares`] are passed through: what is written there is written
 //! outside. The command's stdin is empty.
 //!
+//! On the directories passed through, Unix sockets, file locks, O_DIRECT and
+//! shared mappings work; O_TMPFILE and fallocate do not, locks do not reach
+//! outside, and small writes are slow. So `TMPDIR` is `/run/tmp`, in memory.
+//! Changes that are made outside while the rig runs are seen at once there,
+//! but not reliably elsewhere.
+//!
 //! The emulator has no files of its own that could be left behind, and dies
 //! with the thread that called [`run`].
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -55,10 +61,12 @@ pub enum RigError {
     #[error(transparent)]
     Setup(#[from] crate::Error),
     /// The command did not end in time.
-    #[error("no end after {} s; --timeout SECONDS gives it longer\n{console}", timeout.as_secs())]
+    #[error("no end after {} s; --timeout SECONDS gives it longer\n{errors}{console}", timeout.as_secs())]
     Timeout {
         /// The time it had.
         timeout: Duration,
+        /// What the emulator wrote to stderr.
+        errors: String,
         /// The end of the outer machine's console.
         console: String,
     },
@@ -210,14 +218,14 @@ impl Outer {
     }
 
     fn timeout(&mut self, timeout: Duration) -> RigError {
-        RigError::Timeout { timeout, console: self.console_tail() }
+        RigError::Timeout { timeout, errors: self.emulator_errors(), console: self.console_tail() }
     }
 
     fn died(&mut self) -> RigError {
         // It has closed the port, so it is ending; if not, it is made to.
         let _ = self.port.shutdown(Shutdown::Both);
         let _ = self.emulator.kill();
-        let errors = tool::tail(&mut self.errors);
+        let errors = self.emulator_errors();
         match self.emulator.wait() {
             Ok(status) => RigError::Died { status, errors, console: self.console_tail() },
             Err(source) => self.stream_error("waiting for the emulator", source),
@@ -231,6 +239,14 @@ impl Outer {
         RigError::Stream { action, source, console: self.console_tail() }
     }
 
+    /// What the emulator said, apart from the many features of the CPU model
+    /// that it lacks.
+    fn emulator_errors(&mut self) -> String {
+        let text = tool::tail(&mut self.errors);
+        let telling = text.lines().filter(|line| !line.contains("TCG doesn't support requested feature"));
+        telling.flat_map(|line| [line, "\n"]).collect()
+    }
+
     fn console_tail(&mut self) -> String {
         let text = tool::tail(&mut self.console);
         if text.trim().is_empty() {
@@ -241,7 +257,7 @@ impl Outer {
 }
 
 /// The environment of a command by default: what finds programs and what cargo
-/// and Rust programs read, plus `COFFERDAM_RIG=1`.
+/// and Rust programs read, plus `COFFERDAM_RIG=1` and a `TMPDIR` in memory.
 pub fn default_environment() -> Vec<(OsString, OsString)> {
     let passes = |name: &OsStr| {
         let name = name.to_string_lossy();
@@ -254,17 +270,19 @@ pub fn default_environment() -> Vec<(OsString, OsString)> {
     };
     let mut variables: Vec<_> = std::env::vars_os().filter(|(name, _)| passes(name)).collect();
     variables.push(("COFFERDAM_RIG".into(), "1".into()));
+    variables.push(("TMPDIR".into(), "/run/tmp".into()));
     variables
 }
 
 /// Whether this process runs inside a rig.
 pub fn inside() -> bool {
-    fs::exists("/sys/class/virtio-ports/vport0p1").unwrap_or(false)
-        && std::env::var_os("COFFERDAM_RIG").is_some()
+    std::env::var_os("COFFERDAM_RIG").is_some()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
