@@ -20,6 +20,7 @@ mod registers;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod used;
+pub mod vsock;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
