@@ -14,7 +14,7 @@ use crate::monitor::{Launch, Monitor};
 use crate::say::{Tone, say};
 use crate::signals::Signals;
 use crate::status::StatusReader;
-use crate::supervise::{Ended, Supervisor};
+use crate::supervise::{Ended, GRACE, Supervisor};
 use crate::terminal::{Input, RawTerminal};
 
 /// Runs a domain; `start_time_us` is when this process began. Returns the exit code.
@@ -98,6 +98,7 @@ fn execute(args: &RunArgs, config: &DomainConfig, id: &str, start_time_us: u64) 
         keyboard: pipes.stdin.map(Keyboard::new),
         screen: pipes.stdout.map(Screen::new),
         stop_timeout: args.stop_timeout,
+        grace: GRACE,
     };
     let ended = supervisor.run(|platform, protected| say_running(id, platform, protected, raw));
     // Back from raw mode, before anything is said.

@@ -6,7 +6,7 @@
 #![allow(unsafe_code)] // sigaction has no safe form
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -28,11 +28,18 @@ impl Signals {
     pub fn catch() -> io::Result<Self> {
         let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // The descriptor stays open for good: a handler may run at any time.
-        WRITE_END.store(std::os::fd::IntoRawFd::into_raw_fd(write_end), Ordering::SeqCst);
+        WRITE_END.store(write_end.into_raw_fd(), Ordering::SeqCst);
         for signal in SIGNALS {
             catch_one(signal)?;
         }
         Ok(Self { read_end })
+    }
+
+    /// Signals of which none ever comes, for tests that share a process.
+    #[cfg(test)]
+    pub fn none() -> (Self, OwnedFd) {
+        let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
+        (Self { read_end }, write_end)
     }
 
     /// Number of signals that have come since the last call.
@@ -45,12 +52,6 @@ impl Signals {
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.read_end.as_fd()
-    }
-}
-
-impl AsRawFd for Signals {
-    fn as_raw_fd(&self) -> i32 {
-        self.read_end.as_raw_fd()
     }
 }
 

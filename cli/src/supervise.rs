@@ -23,8 +23,8 @@ use crate::monitor::Monitor;
 use crate::signals::Signals;
 use crate::status::StatusReader;
 
-/// What a monitor may take beyond the domain's own time to stop, and after its last word.
-const GRACE: Duration = Duration::from_secs(30);
+/// A good value for [`Supervisor::grace`]: the memory of a large domain takes seconds to free.
+pub const GRACE: Duration = Duration::from_secs(30);
 /// Time between two requests to stop at once.
 const REPEAT: Duration = Duration::from_millis(200);
 
@@ -62,6 +62,8 @@ pub struct Supervisor {
     pub screen: Option<Screen>,
     /// Time that the domain has after a press of its power button.
     pub stop_timeout: Duration,
+    /// What the monitor may take beyond that, and after its last word.
+    pub grace: Duration,
 }
 
 /// How it went.
@@ -105,7 +107,7 @@ impl Supervisor {
                 break self.monitor.wait();
             }
         };
-        self.status.read(|event| progress.note(event, &mut running));
+        self.status.read(|event| progress.note(event, self.grace, &mut running));
         self.show_the_rest();
         let line_is_open = self.screen.as_ref().is_some_and(Screen::line_is_open);
         let in_order = progress.outcome.is_some() && exit.as_ref().is_ok_and(|exit| exit.signal().is_none());
@@ -150,7 +152,7 @@ impl Supervisor {
         match source {
             // Waited for when everything else is served.
             Source::Monitor => {}
-            Source::Status => self.status.read(|event| progress.note(event, running)),
+            Source::Status => self.status.read(|event| progress.note(event, self.grace, running)),
             Source::Signals => {
                 for _ in 0..self.signals.take() {
                     let next = if progress.stop == Stop::No { Stop::InOrder } else { Stop::AtOnce };
@@ -175,7 +177,7 @@ impl Supervisor {
         self.monitor.signal(Signal::TERM);
         let now = Instant::now();
         let own_time = if stop == Stop::AtOnce { Duration::ZERO } else { self.stop_timeout };
-        progress.kill_by(now.checked_add(own_time.saturating_add(GRACE)));
+        progress.kill_by(now.checked_add(own_time.saturating_add(self.grace)));
         if stop == Stop::AtOnce {
             progress.repeat_at = now.checked_add(REPEAT);
         }
@@ -219,7 +221,7 @@ impl Supervisor {
 }
 
 impl Progress {
-    fn note(&mut self, event: Event, running: &mut impl FnMut(Platform, bool)) {
+    fn note(&mut self, event: Event, grace: Duration, running: &mut impl FnMut(Platform, bool)) {
         match event {
             Event::Running { platform, protected } => {
                 if self.platform.replace((platform, protected)).is_none() {
@@ -228,7 +230,7 @@ impl Progress {
             }
             Event::Stopped(outcome) => {
                 self.outcome.get_or_insert(outcome);
-                self.kill_by(Instant::now().checked_add(GRACE));
+                self.kill_by(Instant::now().checked_add(grace));
             }
         }
     }
@@ -292,4 +294,62 @@ fn wait_for(waits: &[(Source, BorrowedFd<'_>, PollFlags)], deadline: Option<Inst
     }
     let happened = |fd: &PollFd<'_>| !fd.revents().is_empty();
     waits.iter().zip(&polled).filter(|(_, fd)| happened(fd)).map(|((source, ..), _)| *source).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::monitor::Launch;
+    use std::os::unix::fs::PermissionsExt;
+    use std::process::{Command, Stdio};
+
+    const RUNNING: &str = r#"echo '{"event":"running","platform":"plain","protected":false}' > $status"#;
+
+    /// Supervises a script that does not end by itself, with little patience, and asks it to
+    /// stop `ask` times once it runs.
+    fn supervise(lines: &str, ask: usize) -> Ended {
+        let folder = tempfile::tempdir().unwrap();
+        let (text, script) = (folder.path().join("text"), folder.path().join("vmm"));
+        std::fs::write(
+            &text,
+            format!("#!/bin/sh\nstatus=/proc/self/fd/${{4#fd:}}\n{lines}\nexec sleep 60\n"),
+        )
+        .unwrap();
+        // A file that is open for writing, in a child of another test too, cannot be executed.
+        assert!(Command::new("cp").args([&text, &script]).status().unwrap().success());
+        std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let (monitor, pipes) = Monitor::start(Launch {
+            program: Some(&script),
+            config: b"{}",
+            id: "d",
+            start_time_us: 0,
+            stdin: Stdio::null(),
+            stdout: Stdio::null(),
+        })
+        .unwrap();
+        let (signals, pipe) = Signals::none();
+        let (status, grace) = (StatusReader::new(pipes.status), Duration::from_millis(100));
+        let (keyboard, screen, stop_timeout) = (None, None, Duration::from_millis(1));
+        Supervisor { monitor, status, signals, keyboard, screen, stop_timeout, grace }.run(|_, _| {
+            rustix::io::write(&pipe, &[1, 1][..ask]).unwrap();
+        })
+    }
+
+    #[test]
+    fn a_monitor_that_does_not_stop_is_killed() {
+        for asked in [1, 2] {
+            let ended = supervise(&format!("trap '' TERM\n{RUNNING}"), asked);
+            assert_eq!(ended.outcome.message, "the monitor did not stop in time and was killed");
+            assert_eq!(ended.outcome.exit_reason, ExitReason::MonitorError);
+            assert!(!ended.in_order);
+        }
+    }
+
+    #[test]
+    fn a_monitor_that_stays_after_its_last_word_is_killed() {
+        let stopped = r#"echo '{"event":"stopped","platform":null,"protected":false,"exit_reason":"panic","exit_code":null,"message":"m","phases":{}}' > $status"#;
+        let ended = supervise(stopped, 0);
+        assert_eq!(ended.outcome.exit_reason, ExitReason::Panic);
+        assert!(!ended.in_order);
+    }
 }

@@ -124,6 +124,17 @@ fn the_monitor_gets_its_configuration_by_descriptor() {
 }
 
 #[test]
+fn the_monitor_stands_in_a_process_group_of_its_own() {
+    let case = Case::new(&[
+        "cut -d ' ' -f 5 /proc/$$/stat > group",
+        "echo $$ > pid",
+        &stopped("power_off", "null", "off"),
+    ]);
+    case.run(&[]);
+    assert_eq!(case.file("group"), case.file("pid"));
+}
+
+#[test]
 fn the_guests_code_and_each_reason_become_the_exit_code() {
     for (reason, code, exit) in [
         ("power_off", "7", 7),
