@@ -35,14 +35,8 @@ enum Task {
     Agent,
 }
 
-/// The command runs as root on this machine's file system below a throw-away
-/// overlay, in the current directory. /tmp and /var/tmp are passed through:
-/// what is written there stays; anything else that is written is lost. $TMPDIR,
-/// /run and /dev/shm are in memory: use them for sockets and disk images. The
-/// command's stdin is empty, its stdout and stderr come back byte-exact, and
-/// its exit status is returned; 124 after a timeout, 125 if the rig failed.
 #[derive(Debug, clap::Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = RIG_HELP)]
 struct RigArguments {
     /// Memory of the outer machine, MiB
     #[arg(long, default_value_t = 4096, value_name = "MIB", value_parser = clap::value_parser!(u32).range(512..))]
@@ -66,6 +60,14 @@ struct RigArguments {
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 }
+
+const RIG_HELP: &str = "\
+The command runs as root on this machine's file system below a throw-away\n\
+overlay, in the current directory. /tmp and /var/tmp are passed through:\n\
+what is written there stays; anything else that is written is lost. $TMPDIR,\n\
+/run and /dev/shm are in memory: use them for sockets and disk images. The\n\
+command's stdin is empty, its stdout and stderr come back byte-exact, and\n\
+its exit status is returned; 124 after a timeout, 125 if the rig failed.";
 
 const TIMED_OUT: u8 = 124;
 const RIG_FAILED: u8 = 125;

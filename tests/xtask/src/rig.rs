@@ -112,7 +112,13 @@ pub fn run(
         shares: shares.clone(),
     };
     let mut outer = Outer::start(assets, &machine, request)?;
-    outer.order(request, &shares).map_err(|source| outer.stream_error("sending the command", source))?;
+    if let Err(error) = outer.order(request, &shares) {
+        return Err(match error.kind() {
+            io::ErrorKind::WouldBlock => outer.timeout(request.timeout),
+            io::ErrorKind::BrokenPipe => outer.died(),
+            _ => outer.stream_error("sending the command", error),
+        });
+    }
     let mut payload = Vec::new();
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -202,6 +208,7 @@ impl Outer {
     /// Sends the command, first the path of this program for the agent.
     fn order(&mut self, request: &Request, shares: &[(String, PathBuf)]) -> io::Result<()> {
         let port = &mut self.port;
+        port.set_write_timeout(Some(request.timeout))?;
         let agent = std::env::current_exe()?;
         port.write_all(&[agent.as_os_str().as_bytes(), b"\n"].concat())?;
         for (tag, path) in shares {
@@ -233,9 +240,6 @@ impl Outer {
     }
 
     fn stream_error(&mut self, action: &'static str, source: io::Error) -> RigError {
-        if matches!(source.kind(), io::ErrorKind::BrokenPipe) && action == "sending the command" {
-            return self.died();
-        }
         RigError::Stream { action, source, console: self.console_tail() }
     }
 
