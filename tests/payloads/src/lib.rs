@@ -1,2 +1,32 @@
-//! Payload library.
-#![no_std]
+//! What the payloads have in common. A payload is a guest that consists of one
+//! small program: it runs from the monitor's entry point to its exit code, without
+//! an operating system, interrupts or a heap.
+//!
+//! ```text
+//! #![no_std]
+//! #![no_main]
+//!
+//! cofferdam_payloads::payload!(main);
+//!
+//! fn main() -> u8 {
+//!     cofferdam_payloads::println!("hello");
+//!     0 // the exit code
+//! }
+//! ```
+//!
+//! Build all of them with
+//! `cargo build -p cofferdam-payloads --target x86_64-unknown-none --release`.
+//! Each is an ELF file that can be entered by PVH and by the 64-bit boot protocol
+//! of Linux ([`entry`]). A panic prints its message and exits with 99.
+//!
+//! The development machines interpret guest code at some 1.7 million instructions
+//! a second and know only the common ones: keep payloads short and simple.
+#![cfg_attr(target_os = "none", no_std)]
+
+pub mod cpu;
+#[cfg(target_os = "none")]
+pub mod entry;
+pub mod power;
+pub mod ram;
+pub mod serial;
+pub mod virtio;

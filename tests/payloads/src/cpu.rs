@@ -1,0 +1,61 @@
+//! Instructions that Rust has no words for.
+#![allow(unsafe_code)] // port accesses and privileged instructions are assembly
+
+use core::arch::asm;
+
+/// Writes a byte to a port.
+pub fn outb(port: u16, value: u8) {
+    // SAFETY: no port of a domain changes this program's memory.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) }
+}
+
+/// Writes two bytes to a port.
+pub fn outw(port: u16, value: u16) {
+    // SAFETY: as in `outb`.
+    unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags)) }
+}
+
+/// Writes four bytes to a port.
+pub fn outl(port: u16, value: u32) {
+    // SAFETY: as in `outb`.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags)) }
+}
+
+/// Reads a byte from a port.
+pub fn inb(port: u16) -> u8 {
+    let value;
+    // SAFETY: as in `outb`.
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) }
+    value
+}
+
+/// Reads two bytes from a port.
+pub fn inw(port: u16) -> u16 {
+    let value;
+    // SAFETY: as in `outb`.
+    unsafe { asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags)) }
+    value
+}
+
+/// Reads four bytes from a port.
+pub fn inl(port: u16) -> u32 {
+    let value;
+    // SAFETY: as in `outb`.
+    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags)) }
+    value
+}
+
+/// Halts for good: interrupts are off.
+pub fn halt() -> ! {
+    loop {
+        // SAFETY: waits.
+        unsafe { asm!("cli", "hlt", options(nomem, nostack)) }
+    }
+}
+
+/// Ends the vCPU by an exception that has no handler, not even the one for that.
+pub fn triple_fault() -> ! {
+    let no_handlers = [0u16; 5];
+    // SAFETY: never comes back.
+    unsafe { asm!("lidt [{}]", "int3", "ud2", in(reg) &no_handlers, options(noreturn)) }
+}
