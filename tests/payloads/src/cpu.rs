@@ -45,6 +45,11 @@ pub fn inl(port: u16) -> u32 {
     value
 }
 
+/// Lets some microseconds pass, on any machine: nobody answers this port, so the monitor has to.
+pub fn delay() {
+    inb(0x80);
+}
+
 /// Halts for good: interrupts are off.
 pub fn halt() -> ! {
     loop {
@@ -53,9 +58,10 @@ pub fn halt() -> ! {
     }
 }
 
-/// Ends the vCPU by an exception that has no handler, not even the one for that.
+/// Ends the vCPU by an exception that has no handler, nor have those for that. An undefined instruction, not a
+/// software interrupt: the emulator of the development machines' KVM does not know those.
 pub fn triple_fault() -> ! {
     let no_handlers = [0u16; 5];
     // SAFETY: never comes back.
-    unsafe { asm!("lidt [{}]", "int3", "ud2", in(reg) &no_handlers, options(noreturn)) }
+    unsafe { asm!("lidt [{}]", "ud2", in(reg) &no_handlers, options(noreturn)) }
 }

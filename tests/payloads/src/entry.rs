@@ -85,6 +85,8 @@ start_common:
     ud2
 
     .section .data.entry, "aw"
+    .global gdt
+    .global page_tables
     .balign 8
 gdt:
     .quad 0

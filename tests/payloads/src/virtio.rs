@@ -18,7 +18,7 @@ use core::arch::asm;
 
 use cofferdam_firmware::layout::{VIRTIO_MMIO_SLOTS, VIRTIO_MMIO_STRIDE, virtio_mmio_address};
 
-use crate::cpu::inb;
+use crate::cpu::delay;
 use crate::ram;
 
 /// Registers (virtio 1.2, 4.2.2).
@@ -74,9 +74,7 @@ pub const VERSION_1: u64 = 1 << 32;
 pub const EVENT_IDX: u64 = 1 << 29;
 /// "virt"
 const MAGIC: u32 = 0x7472_6976;
-/// A port that nobody answers: reading it takes some microseconds on every machine.
-const DELAY_PORT: u16 = 0x80;
-/// How often a driver looks for an answer, [`DELAY_PORT`] between: seconds.
+/// How often a driver looks for an answer, with a delay between: seconds.
 const PATIENCE: u32 = 1_000_000;
 
 /// The registers of one virtio-mmio slot.
@@ -316,7 +314,7 @@ impl Queue {
             if used.is_some() || (attempt % 256 == 255 && device.needs_reset()) {
                 return used;
             }
-            inb(DELAY_PORT);
+            delay();
         }
         None
     }
