@@ -35,9 +35,9 @@
 //! for time, and, while `wants_to_send`, `fill` with a buffer of the guest's. It watches the socket for
 //! room only while `wants_room`. No call blocks.
 
-use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 
+use super::buffer::Buffer;
 use super::packet::{Header, MAX_PAYLOAD, Op, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::payload::GuestBytes;
 
@@ -95,14 +95,8 @@ pub struct Connection<S> {
     state: State,
     /// The host's socket; `None` from `Closing` on.
     stream: Option<S>,
-    /// Size of our buffer, bytes, as the guest is told.
-    window: u32,
-    /// What the guest sent and the host's socket did not take yet; at most `window` bytes.
-    backlog: VecDeque<u8>,
-    /// Bytes that have left our buffer.
-    fwd_cnt: u32,
-    /// `fwd_cnt` as the guest knows it.
-    told_fwd_cnt: u32,
+    /// What the guest sent and the host's socket did not take yet.
+    buffer: Buffer,
     /// Size of the guest's buffer, bytes.
     peer_buf_alloc: u32,
     /// Bytes that have left the guest's buffer.
@@ -150,10 +144,7 @@ impl<S: Stream> Connection<S> {
             ports,
             state,
             stream: Some(stream),
-            window,
-            backlog: VecDeque::new(),
-            fwd_cnt: 0,
-            told_fwd_cnt: 0,
+            buffer: Buffer::new(window),
             peer_buf_alloc: 0,
             peer_fwd_cnt: 0,
             sent: 0,
@@ -179,7 +170,7 @@ impl<S: Stream> Connection<S> {
 
     /// Size of our buffer, bytes.
     pub fn window(&self) -> u32 {
-        self.window
+        self.buffer.window()
     }
 
     /// The connection can be forgotten.
@@ -194,7 +185,7 @@ impl<S: Stream> Connection<S> {
 
     /// The socket is to be watched for room.
     pub fn wants_room(&self) -> bool {
-        !self.backlog.is_empty()
+        !self.buffer.is_empty()
     }
 
     /// `tick` matters.
@@ -271,9 +262,8 @@ impl<S: Stream> Connection<S> {
     /// the result. `None`: there is nothing to send.
     pub fn fill(&mut self, into: &GuestBytes<'_>) -> Option<Header> {
         let mut header = self.next_packet(into)?;
-        header.buf_alloc = self.window;
-        header.fwd_cnt = self.fwd_cnt;
-        self.told_fwd_cnt = self.fwd_cnt;
+        header.buf_alloc = self.buffer.window();
+        header.fwd_cnt = self.buffer.tell();
         self.credit_update_due = false;
         self.settle();
         Some(header)
@@ -342,80 +332,39 @@ impl<S: Stream> Connection<S> {
     }
 
     fn guest_data(&mut self, payload: &GuestBytes<'_>) {
-        let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-        let room = (self.window as usize).saturating_sub(self.backlog.len());
-        if self.guest_ended & SHUTDOWN_SEND != 0 || length as usize > room {
+        if self.guest_ended & SHUTDOWN_SEND != 0 || !self.buffer.has_room(payload.len()) {
             return self.reset();
         }
-        if self.host_ended & SHUTDOWN_RECEIVE != 0 || length == 0 {
-            return self.forwarded(length);
-        }
-        let sent = match &mut self.stream {
-            Some(stream) if self.backlog.is_empty() => stream.send(payload),
-            _ => Ok(0),
+        let passed = match &mut self.stream {
+            Some(stream) if self.host_ended & SHUTDOWN_RECEIVE == 0 && payload.len() > 0 => {
+                self.buffer.pass(payload, stream)
+            }
+            _ => {
+                self.buffer.forwarded(payload.len());
+                Ok(())
+            }
         };
-        match sent {
-            Ok(count) => self.keep(payload, count, length),
-            Err(error) if is_transient(&error) => self.keep(payload, 0, length),
-            Err(_) => {
-                self.forwarded(length);
-                self.host_stops_receiving();
-            }
+        if passed.is_err() {
+            self.buffer.forwarded(payload.len());
+            self.host_stops_receiving();
         }
+        self.credit_update_due |= self.buffer.should_tell();
     }
 
-    /// Counts the first `sent` of `length` bytes as written and keeps the rest.
-    fn keep(&mut self, payload: &GuestBytes<'_>, sent: usize, length: u32) {
-        let sent = u32::try_from(sent).unwrap_or(u32::MAX).min(length);
-        self.forwarded(sent);
-        let rest = length.saturating_sub(sent) as usize;
-        if rest == 0 {
-            return;
-        }
-        let before = self.backlog.len();
-        if before == 0 {
-            self.backlog.reserve_exact(self.window as usize);
-        }
-        self.backlog.resize(before.saturating_add(rest), 0);
-        let mut from = payload.clone().after(u64::from(sent));
-        let (first, second) = self.backlog.as_mut_slices();
-        let in_second = before.saturating_sub(first.len());
-        for part in [first.get_mut(before..), second.get_mut(in_second..)].into_iter().flatten() {
-            let count = from.read(part);
-            from = from.after(count as u64);
-        }
-    }
-
-    /// Writes what was kept.
+    /// The host's socket has room: write what was kept.
     fn drain(&mut self) {
-        while !self.backlog.is_empty() {
-            let Some(stream) = &mut self.stream else { return };
-            match stream.send_slice(self.backlog.as_slices().0) {
-                Ok(count) => {
-                    let count = count.min(self.backlog.len());
-                    self.backlog.drain(..count);
-                    self.forwarded(u32::try_from(count).unwrap_or(u32::MAX));
-                }
-                Err(error) if is_transient(&error) => return,
-                Err(_) => return self.host_stops_receiving(),
-            }
+        let Some(stream) = &mut self.stream else { return };
+        if self.buffer.drain(stream).is_err() {
+            self.host_stops_receiving();
         }
-    }
-
-    /// Bytes have left our buffer. The guest is told when it may have used half of what it knows of.
-    fn forwarded(&mut self, count: u32) {
-        self.fwd_cnt = self.fwd_cnt.wrapping_add(count);
-        if self.fwd_cnt.wrapping_sub(self.told_fwd_cnt) >= self.window / 2 {
-            self.credit_update_due = true;
-        }
+        self.credit_update_due |= self.buffer.should_tell();
     }
 
     /// The host's program takes no more data; what there is for it is dropped.
     fn host_stops_receiving(&mut self) {
         self.host_ended |= SHUTDOWN_RECEIVE;
-        let dropped = u32::try_from(self.backlog.len()).unwrap_or(u32::MAX);
-        self.backlog = VecDeque::new();
-        self.forwarded(dropped);
+        self.buffer.discard();
+        self.credit_update_due |= self.buffer.should_tell();
     }
 
     // ---- From the host to the guest ----
@@ -482,7 +431,7 @@ impl<S: Stream> Connection<S> {
 
     /// The guest has reset the connection. Data that came with an orderly end still goes to the host.
     fn abandon(&mut self) {
-        if self.state == State::Established && self.guest_ended == SHUTDOWN_BOTH && !self.backlog.is_empty() {
+        if self.state == State::Established && self.guest_ended == SHUTDOWN_BOTH && !self.buffer.is_empty() {
             self.abandoned = true;
         } else {
             self.close_host(State::Over);
@@ -497,7 +446,7 @@ impl<S: Stream> Connection<S> {
         if self.hung_up && self.nothing_to_receive() {
             self.host_stops_receiving();
         }
-        let guest_sent_all = self.guest_ended & SHUTDOWN_SEND != 0 && self.backlog.is_empty();
+        let guest_sent_all = self.guest_ended & SHUTDOWN_SEND != 0 && self.buffer.is_empty();
         if guest_sent_all
             && !std::mem::replace(&mut self.told_host, true)
             && let Some(stream) = &mut self.stream
@@ -519,20 +468,20 @@ impl<S: Stream> Connection<S> {
     fn close_host(&mut self, state: State) {
         self.state = state;
         self.stream = None;
-        self.backlog = VecDeque::new();
+        self.buffer.discard();
         self.waited = 0;
     }
 }
 
 /// The call may succeed later.
-fn is_transient(error: &io::Error) -> bool {
+pub fn is_transient(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
 #[cfg(test)]
 impl<S> Connection<S> {
     /// Bytes that wait for the host.
-    pub fn backlog_len(&self) -> usize {
-        self.backlog.len()
+    pub fn buffered(&self) -> usize {
+        self.buffer.len()
     }
 }

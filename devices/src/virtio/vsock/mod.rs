@@ -19,11 +19,13 @@
 //! # Who does what
 //!
 //! - [`packet`]: headers. [`payload`]: guest memory as source and target of socket calls, without a copy.
-//! - [`connection`]: the state machine of one connection, with credit flow and half-close.
+//! - [`connection`]: the state machine of one connection, with credit flow and half-close; [`buffer`]: what the
+//!   host's socket did not take yet.
 //! - [`handshake`]: the `CONNECT` line. [`host`]: Unix sockets. [`poller`]: the private epoll descriptor.
 //! - [`muxer`]: all connections, whose turn it is, and what bounds them.
 //! - [`device`]: the queues.
 
+mod buffer;
 mod connection;
 mod device;
 mod handshake;

@@ -580,7 +580,7 @@ proptest! {
             }
             let host = bench.host.borrow();
             prop_assert!(sent.starts_with(&host.received));
-            prop_assert!(bench.connection.backlog_len() <= WINDOW as usize);
+            prop_assert!(bench.connection.buffered() <= WINDOW as usize);
         }
     }
 }

@@ -25,6 +25,11 @@ const PAYLOADS: u64 = 0x20_0000;
 const BUFFERS_AT: u64 = 0x200_0000;
 const BUFFER_SPACE: u64 = 0x1_1000;
 
+/// The operation of a header that the device made.
+pub fn op(header: &Header) -> Op {
+    Op::from_field(header.op).unwrap()
+}
+
 /// A device in a directory of its own, and its driver.
 pub struct Driver {
     pub device: Vsock,

@@ -5,3 +5,4 @@ mod device;
 mod driver;
 mod hostile;
 mod muxer;
+mod storms;
