@@ -25,30 +25,44 @@ pub const GUEST_MODULES: [&str; 8] = [
     "ext4",
 ];
 
-const GUEST_INIT: &[u8] = include_bytes!("guest-init");
-const GUEST_APPLETS: [&str; 9] =
-    ["sh", "mount", "dd", "printf", "cat", "insmod", "uname", "echo", "poweroff"];
+/// What goes into an initial RAM disk besides busybox.
+struct Contents {
+    name: &'static str,
+    init: &'static [u8],
+    applets: &'static [&'static str],
+    modules: &'static [&'static str],
+}
 
-/// Modules of the outer machine, in the order of their need.
-const RIG_MODULES: [&str; 12] = [
-    "virtio_pci",
-    "virtio_console",
-    "9pnet_virtio",
-    "9p",
-    "overlay",
-    "ccp",
-    "kvm_amd",
-    "vhost_vsock",
-    "vhost_net",
-    "tun",
-    "tap",
-    "loop",
-];
-const RIG_INIT: &[u8] = include_bytes!("rig-init");
-const RIG_APPLETS: [&str; 15] = [
-    "sh", "mount", "mkdir", "chmod", "cat", "insmod", "uname", "cut", "echo", "ip", "sleep", "chroot",
-    "poweroff", "dmesg", "ls",
-];
+const GUEST: Contents = Contents {
+    name: "guest-initrd",
+    init: include_bytes!("guest-init"),
+    applets: &["sh", "mount", "dd", "printf", "cat", "insmod", "uname", "echo", "poweroff"],
+    modules: &GUEST_MODULES,
+};
+
+const RIG: Contents = Contents {
+    name: "rig-initrd",
+    init: include_bytes!("rig-init"),
+    applets: &[
+        "sh", "mount", "mkdir", "chmod", "cat", "insmod", "uname", "cut", "echo", "ip", "sleep", "chroot",
+        "poweroff",
+    ],
+    // In the order of their need.
+    modules: &[
+        "virtio_pci",
+        "virtio_console",
+        "9pnet_virtio",
+        "9p",
+        "overlay",
+        "ccp",
+        "kvm_amd",
+        "vhost_vsock",
+        "vhost_net",
+        "tun",
+        "tap",
+        "loop",
+    ],
+};
 
 /// Paths of everything that tests need and the repository does not hold.
 #[derive(Clone, Debug, Serialize)]
@@ -81,8 +95,8 @@ impl Assets {
         let guest = kernel::fetch(&cache, Flavour::Cloud)?;
         let rig = kernel::fetch(&cache, Flavour::Full)?;
         Ok(Self {
-            guest_initrd: guest_initrd(&cache, &busybox, &guest)?,
-            rig_initrd: rig_initrd(&cache, &busybox, &rig)?,
+            guest_initrd: initrd(&cache, &GUEST, &busybox, &guest)?,
+            rig_initrd: initrd(&cache, &RIG, &busybox, &rig)?,
             guest_kernel: guest.image,
             guest_vmlinux: guest.elf,
             guest_modules: guest.modules,
@@ -116,30 +130,14 @@ fn busybox(cache: &Cache) -> Result<PathBuf, Error> {
     Ok(entry.join("bin/busybox"))
 }
 
-fn guest_initrd(cache: &Cache, busybox: &Path, kernel: &Kernel) -> Result<PathBuf, Error> {
-    initrd(cache, "guest-initrd", busybox, kernel, GUEST_INIT, &GUEST_APPLETS, &GUEST_MODULES)
-}
-
-fn rig_initrd(cache: &Cache, busybox: &Path, kernel: &Kernel) -> Result<PathBuf, Error> {
-    initrd(cache, "rig-initrd", busybox, kernel, RIG_INIT, &RIG_APPLETS, &RIG_MODULES)
-}
-
-fn initrd(
-    cache: &Cache,
-    name: &str,
-    busybox: &Path,
-    kernel: &Kernel,
-    init: &[u8],
-    applets: &[&str],
-    modules: &[&str],
-) -> Result<PathBuf, Error> {
-    let (applet_list, module_list) = (applets.join(" "), modules.join(" "));
+fn initrd(cache: &Cache, contents: &Contents, busybox: &Path, kernel: &Kernel) -> Result<PathBuf, Error> {
+    let (applets, modules) = (contents.applets.join(" "), contents.modules.join(" "));
     let origin = [kernel.modules.as_os_str().as_encoded_bytes(), busybox.as_os_str().as_encoded_bytes()];
-    let recipe = [b"1", init, applet_list.as_bytes(), module_list.as_bytes(), origin[0], origin[1]];
-    let entry = cache.entry(name, &recipe, |directory| {
-        let tree = ModuleTree::open(&kernel.modules)?;
+    let recipe = [b"1", contents.init, applets.as_bytes(), modules.as_bytes(), origin[0], origin[1]];
+    let entry = cache.entry(contents.name, &recipe, |directory| {
+        let modules = ModuleTree::open(&kernel.modules)?.resolve(contents.modules)?;
         let mut image = InitramfsBuilder::new();
-        image.busybox(busybox, applets)?.file("init", 0o755, init).modules(&tree.resolve(modules)?);
+        image.busybox(busybox, contents.applets)?.file("init", 0o755, contents.init).modules(&modules);
         let path = directory.join("initrd");
         fs::write(&path, image.build()).map_err(Error::file("write", path))
     })?;
