@@ -113,6 +113,22 @@ pub struct BootSource {
     /// The kernel command line, at most 2,048 bytes; [`DEFAULT_COMMAND_LINE`] if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot_args: Option<String>,
+    /// How an ELF kernel is entered; a bzImage always takes the 64-bit protocol.
+    #[serde(default)]
+    pub boot_protocol: BootProtocol,
+}
+
+/// How an ELF kernel is entered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BootProtocol {
+    /// PVH if the kernel has a note that offers it, else the 64-bit protocol.
+    #[default]
+    Auto,
+    /// Xen's x86/HVM direct boot ABI.
+    Pvh,
+    /// The 64-bit entry of the Linux/x86 boot protocol.
+    Linux64,
 }
 
 /// The kernel command line of a domain that is given none.

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cofferdam_api::config::{
-    BootSource, Confidential, DEFAULT_COMMAND_LINE, DomainConfig, MachineConfig, PlatformChoice, Serial,
-    SerialMode, Vsock,
+    BootProtocol, BootSource, Confidential, DEFAULT_COMMAND_LINE, DomainConfig, MachineConfig,
+    PlatformChoice, Serial, SerialMode, Vsock,
 };
 use cofferdam_api::validate::{ConfigError, VCPU_COUNT, check_id};
 
@@ -90,6 +90,9 @@ pub struct RunArgs {
     /// The kernel's command line, at most 2048 bytes
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, default_value = DEFAULT_COMMAND_LINE)]
     pub cmdline: String,
+    /// How an ELF kernel is entered; a bzImage always takes the 64-bit protocol
+    #[arg(long, value_enum, value_name = "PROTOCOL", default_value_t = BootProtocolArg::Auto)]
+    pub boot_protocol: BootProtocolArg,
     /// Number of CPUs, 1 to 32
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u64,
@@ -169,6 +172,17 @@ pub enum PlatformArg {
     Plain,
 }
 
+/// The value of `--boot-protocol`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BootProtocolArg {
+    /// PVH if the kernel offers it, else the 64-bit protocol
+    Auto,
+    /// Xen's x86/HVM direct boot
+    Pvh,
+    /// The 64-bit entry of the Linux boot protocol
+    Linux64,
+}
+
 impl RunArgs {
     /// The configuration that these arguments describe, valid as far as that
     /// can be told without touching the host. Errors begin with the option.
@@ -193,6 +207,11 @@ impl RunArgs {
                 kernel_image_path: self.kernel.clone(),
                 initrd_path: self.initrd.clone(),
                 boot_args: Some(self.cmdline.clone()),
+                boot_protocol: match self.boot_protocol {
+                    BootProtocolArg::Auto => BootProtocol::Auto,
+                    BootProtocolArg::Pvh => BootProtocol::Pvh,
+                    BootProtocolArg::Linux64 => BootProtocol::Linux64,
+                },
             },
             drives: self
                 .drives
