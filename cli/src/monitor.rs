@@ -81,7 +81,6 @@ impl Monitor {
             .args(["--id", launch.id])
             .arg("--start-time-us")
             .arg(launch.start_time_us.to_string())
-            .arg("--no-api")
             .stdin(launch.stdin)
             .stdout(launch.stdout)
             .process_group(0)

@@ -114,10 +114,10 @@ fn the_monitor_gets_its_configuration_by_descriptor() {
     assert_eq!(config["vsock"]["uds_path"], "v.sock");
     let args = case.file("args");
     let words: Vec<&str> = args.split_whitespace().collect();
-    let [_, config, _, status, _, id, _, start, _] = words[..] else { panic!("{args}") };
+    let [_, config, _, status, _, id, _, start] = words[..] else { panic!("{args}") };
     assert_eq!(
-        [words[0], words[2], words[4], words[6], words[8]],
-        ["--config-file", "--status-file", "--id", "--start-time-us", "--no-api"]
+        [words[0], words[2], words[4], words[6]],
+        ["--config-file", "--status-file", "--id", "--start-time-us"]
     );
     assert!(config.starts_with("fd:") && status.starts_with("fd:") && id == "d", "{args}");
     assert!(start.parse::<u64>().unwrap() > 0);
