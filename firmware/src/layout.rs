@@ -16,6 +16,7 @@
 //!                  the RAM below 3 GiB
 //! 0xC000_0000  load window: images mapped for the first stage (768 MiB)
 //! 0xF000_0000  virtio-mmio devices, 64 slots of 4 KiB
+//! 0xF004_0000  the guest's ports 0x620 and 0x621 once more, for kernels without /dev/port
 //! 0xFEC0_0000  I/O APIC
 //! 0xFEE0_0000  local APICs
 //! 0xFFFB_C000  KVM's identity map page and task state segment (4 pages)
@@ -97,6 +98,10 @@ pub const VIRTIO_MMIO_STRIDE: u64 = 0x1000;
 /// Number of virtio-mmio slots.
 pub const VIRTIO_MMIO_SLOTS: u8 = 64;
 
+/// [`EXIT_CODE_PORT`] and [`USER_SPACE_PORT`] once more, a byte each: some kernels (Debian's cloud flavour) have
+/// /dev/mem but no /dev/port.
+pub const GUEST_PORT_MMIO: u64 = VIRTIO_MMIO + VIRTIO_MMIO_SLOTS as u64 * VIRTIO_MMIO_STRIDE;
+
 /// The I/O APIC.
 pub const IO_APIC: u64 = 0xFEC0_0000;
 /// Size of the I/O APIC's registers, bytes.
@@ -166,6 +171,6 @@ pub const fn ram_ranges(memory: u64) -> [(u64, u64); 2] {
 const _: () = {
     assert!(ACPI_TABLES + ACPI_TABLES_SIZE <= RESET_STUB_PAGE);
     assert!(LOAD_WINDOW + LOAD_WINDOW_SIZE <= VIRTIO_MMIO);
-    assert!(virtio_mmio_address(VIRTIO_MMIO_SLOTS) <= IO_APIC);
+    assert!(GUEST_PORT_MMIO < IO_APIC);
     assert!(virtio_mmio_pin(VIRTIO_MMIO_SLOTS - 1) < IO_APIC_PINS);
 };
