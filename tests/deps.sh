@@ -44,4 +44,9 @@ elif ! command -v cargo >/dev/null; then
     echo "deps: no Rust toolchain; install rustup, then the targets $targets" >&2
     exit 1
 fi
+if ! command -v cargo-deny >/dev/null; then
+    echo "deps: cargo install cargo-deny (checks licences; about two minutes)"
+    # Quick to build rather than quick to run.
+    cargo install --quiet --locked --config profile.release.opt-level=0 cargo-deny
+fi
 echo "deps: complete"
