@@ -1,3 +1,28 @@
-//! The Cofferdam monitor, as a library.
+//! The Cofferdam monitor, as a library: [`domain::run`] takes a domain from its
+//! configuration to its end.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`start`] | what can be refused before anything starts |
+//! | [`domain`] | the order of a launch, the event loop, the end |
+//! | [`memory`], [`boot`], [`arch`] | guest memory, what is in it at entry, registers |
+//! | [`board`] | which device is where |
+//! | [`vcpu`], [`gate`], [`kick`] | vCPU threads, and how they are held and stopped |
+//! | [`control`], [`supervisor`] | what is known and wanted of a running domain; its lifecycle |
+//! | [`phases`], [`status`], [`signals`], [`descriptor`] | the world around the monitor |
 
+pub mod arch;
+pub mod board;
 pub mod boot;
+pub mod control;
+pub mod descriptor;
+pub mod domain;
+pub mod gate;
+pub mod kick;
+pub mod memory;
+pub mod phases;
+pub mod signals;
+pub mod start;
+pub mod status;
+pub mod supervisor;
+pub mod vcpu;

@@ -1,2 +1,105 @@
-//! placeholder
-fn main() {}
+//! `cofferdam-vmm`: the monitor of one domain.
+
+use std::io::{self, IsTerminal, Read};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use cofferdam_api::config::DomainConfig;
+use cofferdam_api::status::{Event, ExitReason, Outcome};
+use cofferdam_vmm::descriptor::Source;
+use cofferdam_vmm::phases::PhaseClock;
+use cofferdam_vmm::signals::StopSignals;
+use cofferdam_vmm::status::StatusFile;
+use cofferdam_vmm::{domain, start::StartError};
+
+/// Largest configuration, bytes.
+const MAX_CONFIG: u64 = 1 << 20;
+
+const EXIT_STATUS: &str = "\
+Exit status: 0 or the guest's own code after a power-off; 121 reboot or panic; 122 triple fault or vCPU error;
+123 launch refused; 124 monitor error; 125 bad configuration or host; 143 stopped by a signal.
+
+SIGTERM, SIGINT and SIGHUP press the domain's power button; a second one stops it hard.";
+
+/// Run one domain in this process, until it stops.
+#[derive(Parser)]
+#[command(name = "cofferdam-vmm", version, after_help = EXIT_STATUS)]
+struct Arguments {
+    /// The domain's configuration, as JSON: a path, or fd:N for an inherited descriptor
+    #[arg(long, value_name = "FILE")]
+    config_file: Source,
+    /// Where to write what becomes of the domain, one JSON object per line: a path, or fd:N. When it is a
+    /// pipe and its reader goes away, the domain is stopped
+    #[arg(long, value_name = "FILE")]
+    status_file: Option<Source>,
+    /// Name of the domain, for messages
+    #[arg(long, default_value = "anonymous-instance")]
+    id: String,
+    /// CLOCK_MONOTONIC, in microseconds, from which the phases of the launch are counted [default: now]
+    #[arg(long, value_name = "MICROSECONDS")]
+    start_time_us: Option<u64>,
+    /// Least severe messages to log on standard error
+    #[arg(long, default_value = "warn", value_name = "LEVEL")]
+    level: tracing::Level,
+}
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print();
+            let reason = ExitReason::Config.process_exit_code(None);
+            return ExitCode::from(if error.use_stderr() { reason } else { 0 });
+        }
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(arguments.level)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
+    let clock = Arc::new(PhaseClock::new(arguments.start_time_us));
+    clock.reached("monitor");
+    let mut status = match arguments.status_file.as_ref().map(Source::append).transpose() {
+        Ok(file) => StatusFile::new(file),
+        Err(error) => {
+            tracing::error!("--status-file: {error}");
+            return ExitCode::from(ExitReason::Config.process_exit_code(None));
+        }
+    };
+    let outcome = run(&arguments, &clock, &mut status);
+    match outcome.exit_reason {
+        ExitReason::PowerOff => tracing::info!("{}: {}", arguments.id, outcome.message),
+        _ if arguments.status_file.is_some() => tracing::info!("{}: {}", arguments.id, outcome.message),
+        _ => tracing::error!("{}: {}", arguments.id, outcome.message),
+    }
+    let code = outcome.process_exit_code();
+    if let Err(error) = status.write(&Event::Stopped(outcome)) {
+        tracing::warn!("--status-file: {error}");
+    }
+    ExitCode::from(code)
+}
+
+fn run(arguments: &Arguments, clock: &Arc<PhaseClock>, status: &mut StatusFile) -> Outcome {
+    let started = StopSignals::new()
+        .map_err(StartError::Signals)
+        .and_then(|signals| Ok((signals, read_config(&arguments.config_file)?)))
+        .and_then(|(signals, config)| domain::run(&config, signals, clock, status));
+    started.unwrap_or_else(|error| Outcome {
+        platform: None,
+        protected: false,
+        exit_reason: error.reason(),
+        exit_code: None,
+        message: error.to_string(),
+        phases: clock.phases(),
+    })
+}
+
+fn read_config(source: &Source) -> Result<DomainConfig, StartError> {
+    let mut text = Vec::new();
+    source
+        .open()
+        .and_then(|file| file.take(MAX_CONFIG).read_to_end(&mut text))
+        .map_err(StartError::ConfigFile)?;
+    Ok(DomainConfig::from_json(&text)?)
+}

@@ -1,0 +1,165 @@
+//! CPUID of a vCPU: what KVM supports, with the topology of this domain.
+//!
+//! The topology is one socket with one thread per core. Sources: Intel SDM
+//! vol. 2A "CPUID"; AMD APM vol. 3, appendix E; Linux
+//! `Documentation/virt/kvm/x86/cpuid.rst`.
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::Kvm;
+
+/// Leaf 1, ECX: the local APIC timer has a TSC deadline mode. Not part of what KVM lists, but of what its
+/// in-kernel local APIC does (`KVM_CAP_TSC_DEADLINE_TIMER`).
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1, ECX: there is a hypervisor.
+const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1, EDX: the APIC ids field of leaf 1 is meaningful.
+const HYPERTHREADING: u32 = 1 << 28;
+/// Leaf 0x8000_0001, ECX: the core count of leaf 0x8000_0008 is to be used, not threads.
+const AMD_LEGACY_MULTICORE: u32 = 1 << 1;
+
+/// Level types of leaves 0xB and 0x1F.
+const LEVEL_THREAD: u32 = 1;
+const LEVEL_CORE: u32 = 2;
+
+/// What all vCPUs of a domain have in common.
+pub struct CpuTemplate {
+    entries: Vec<kvm_cpuid_entry2>,
+    count: u8,
+}
+
+impl CpuTemplate {
+    /// What KVM supports on this host, for a domain of `count` vCPUs.
+    pub fn new(kvm: &Kvm, count: u8) -> Result<Self, kvm_ioctls::Error> {
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+        Ok(Self { entries: supported.as_slice().to_vec(), count })
+    }
+
+    /// CPUID of the vCPU with APIC id `id`. An error means more entries than KVM takes.
+    pub fn for_vcpu(&self, id: u8) -> Result<CpuId, vmm_sys_util::fam::Error> {
+        let mut entries: Vec<_> =
+            self.entries.iter().filter(|entry| !matches!(entry.function, 0xB | 0x1F)).copied().collect();
+        let has_leaf_b = entries.len() != self.entries.len();
+        for entry in &mut entries {
+            self.adjust(entry, id);
+        }
+        if has_leaf_b {
+            entries.extend(self.extended_topology(id));
+        }
+        CpuId::from_entries(&entries)
+    }
+
+    /// Bits that an APIC id needs.
+    fn id_bits(&self) -> u32 {
+        u32::from(self.count).next_power_of_two().trailing_zeros()
+    }
+
+    fn adjust(&self, entry: &mut kvm_cpuid_entry2, id: u8) {
+        let count = u32::from(self.count);
+        match (entry.function, entry.index) {
+            (1, _) => {
+                entry.ebx = entry.ebx & 0xFFFF | u32::from(id) << 24 | (1 << self.id_bits()) << 16;
+                entry.ecx |= TSC_DEADLINE | HYPERVISOR;
+                entry.edx = if count > 1 { entry.edx | HYPERTHREADING } else { entry.edx & !HYPERTHREADING };
+            }
+            // Deterministic cache parameters, Intel's and AMD's.
+            (4 | 0x8000_001D, _) if entry.eax & 0x1F != 0 => {
+                let level = entry.eax >> 5 & 7;
+                let sharing = if level >= 3 { count } else { 1 };
+                entry.eax = entry.eax & 0x3FFF | (sharing - 1) << 14;
+                if entry.function == 4 {
+                    entry.eax |= (count - 1).min(63) << 26;
+                }
+            }
+            // No performance counters: a domain has no use for the host's.
+            (0xA, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            (0x8000_0001, _) if count > 1 => entry.ecx |= AMD_LEGACY_MULTICORE,
+            (0x8000_0001, _) => entry.ecx &= !AMD_LEGACY_MULTICORE,
+            (0x8000_0008, _) => entry.ecx = self.id_bits() << 12 | (count - 1),
+            // Extended APIC id; core id, one thread per core; node 0 of 1.
+            (0x8000_001E, _) => {
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (u32::from(id), u32::from(id), 0, 0);
+            }
+            _ => {}
+        }
+    }
+
+    /// Leaf 0xB: thread level, core level, end.
+    fn extended_topology(&self, id: u8) -> [kvm_cpuid_entry2; 3] {
+        let level = |index, kind: u32, shift, processors| kvm_cpuid_entry2 {
+            function: 0xB,
+            index,
+            flags: kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            eax: shift,
+            ebx: processors,
+            ecx: kind << 8 | index,
+            edx: u32::from(id),
+            ..Default::default()
+        };
+        [
+            level(0, LEVEL_THREAD, 0, 1),
+            level(1, LEVEL_CORE, self.id_bits(), u32::from(self.count)),
+            level(2, 0, 0, 0),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, index: u32, eax: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, index, eax, ..Default::default() }
+    }
+
+    fn template(count: u8) -> CpuTemplate {
+        // Cache leaves: level 1 data, level 3 unified.
+        let entries = vec![
+            entry(1, 0, 0),
+            entry(4, 0, 1 | 1 << 5),
+            entry(4, 3, 3 | 3 << 5),
+            entry(0xA, 0, 7),
+            entry(0xB, 0, 9),
+            entry(0x1F, 0, 9),
+            entry(0x8000_0001, 0, 0),
+            entry(0x8000_0008, 0, 0x3030),
+            entry(0x8000_001E, 0, 0),
+        ];
+        CpuTemplate { entries, count }
+    }
+
+    fn leaf(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
+        *cpuid.as_slice().iter().find(|e| e.function == function && e.index == index).unwrap()
+    }
+
+    #[test]
+    fn topology_says_one_thread_per_core() {
+        for count in [1, 2, 3, 8, 32] {
+            for id in 0..count {
+                let cpuid = template(count).for_vcpu(id).unwrap();
+                let bits = u32::from(count).next_power_of_two().trailing_zeros();
+                let n = u32::from(count);
+                assert_eq!(leaf(&cpuid, 1, 0).ebx >> 24, u32::from(id));
+                assert_eq!(leaf(&cpuid, 1, 0).edx & HYPERTHREADING != 0, count > 1);
+                assert_eq!(leaf(&cpuid, 0xB, 0).ebx, 1);
+                assert_eq!(leaf(&cpuid, 0xB, 0).eax, 0);
+                assert_eq!((leaf(&cpuid, 0xB, 1).eax, leaf(&cpuid, 0xB, 1).ebx), (bits, n));
+                assert_eq!(leaf(&cpuid, 0xB, 1).edx, u32::from(id));
+                assert_eq!(leaf(&cpuid, 0xB, 2).ecx >> 8, 0);
+                assert_eq!(leaf(&cpuid, 4, 0).eax >> 14 & 0xFFF, 0, "level 1 is private");
+                assert_eq!(leaf(&cpuid, 4, 3).eax >> 14 & 0xFFF, n - 1, "level 3 is shared by all");
+                assert_eq!(leaf(&cpuid, 4, 0).eax >> 26, n - 1);
+                assert_eq!(leaf(&cpuid, 0x8000_0008, 0).ecx, bits << 12 | (n - 1));
+                assert_eq!(leaf(&cpuid, 0x8000_001E, 0).ebx, u32::from(id));
+            }
+        }
+    }
+
+    #[test]
+    fn stale_topology_and_counters_are_gone() {
+        let cpuid = template(2).for_vcpu(0).unwrap();
+        assert!(!cpuid.as_slice().iter().any(|e| e.function == 0x1F));
+        assert_eq!(cpuid.as_slice().iter().filter(|e| e.function == 0xB).count(), 3);
+        assert_eq!(leaf(&cpuid, 0xA, 0).eax, 0);
+        assert_eq!(leaf(&cpuid, 1, 0).ecx, TSC_DEADLINE | HYPERVISOR);
+    }
+}

@@ -1,0 +1,147 @@
+//! What is known of a running domain, and what is wanted of it. Any thread
+//! writes here; the event loop is woken and acts.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cofferdam_api::status::ExitReason;
+use cofferdam_devices::platform::GuestRequests;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::phases::PhaseClock;
+
+/// Shared knowledge of a domain.
+pub struct Control {
+    notes: Mutex<Notes>,
+    wake: EventFd,
+    phases: Arc<PhaseClock>,
+}
+
+/// What was noted.
+#[derive(Clone, Debug, Default)]
+pub struct Notes {
+    /// Why the domain is to end; the first reason stays.
+    pub end: Option<(ExitReason, String)>,
+    /// The guest's exit code, the last one given.
+    pub exit_code: Option<u8>,
+    /// The guest's kernel said that it panicked.
+    pub panicked: bool,
+    /// The vCPUs are to be held.
+    pub paused: bool,
+}
+
+impl Control {
+    /// Nothing noted yet.
+    pub fn new(phases: Arc<PhaseClock>) -> io::Result<Self> {
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Self { notes: Mutex::default(), wake, phases })
+    }
+
+    /// Ends the domain, unless an end is already noted.
+    pub fn stop(&self, reason: ExitReason, message: String) {
+        self.note(|notes| {
+            notes.end.get_or_insert((reason, message));
+        });
+    }
+
+    /// Holds the vCPUs outside the guest.
+    pub fn pause(&self) {
+        self.note(|notes| notes.paused = true);
+    }
+
+    /// Lets the vCPUs run again.
+    pub fn resume(&self) {
+        self.note(|notes| notes.paused = false);
+    }
+
+    /// What is noted now.
+    pub fn notes(&self) -> Notes {
+        self.lock().clone()
+    }
+
+    /// Readable when something was noted; the event loop reads it empty.
+    pub fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Notes)) {
+        change(&mut self.lock());
+        // It fails only when the counter is full, and then the loop is awake.
+        let _ = self.wake.write(1);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl GuestRequests for Control {
+    fn power_off(&self) {
+        self.stop(ExitReason::PowerOff, "the guest powered off".to_owned());
+    }
+
+    fn reset(&self) {
+        self.note(|notes| {
+            let end = if notes.panicked {
+                (ExitReason::Panic, "the guest's kernel panicked and rebooted".to_owned())
+            } else {
+                (ExitReason::Reboot, "the guest rebooted".to_owned())
+            };
+            notes.end.get_or_insert(end);
+        });
+    }
+
+    fn panicked(&self) {
+        self.note(|notes| notes.panicked = true);
+    }
+
+    fn exit_code(&self, code: u8) {
+        self.lock().exit_code = Some(code);
+    }
+
+    fn user_space(&self) {
+        self.phases.reached("user_space");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn control() -> Control {
+        Control::new(Arc::new(PhaseClock::new(None))).unwrap()
+    }
+
+    fn end(control: &Control) -> ExitReason {
+        control.notes().end.unwrap().0
+    }
+
+    #[test]
+    fn the_first_reason_stays() {
+        let control = control();
+        control.power_off();
+        control.reset();
+        assert_eq!(end(&control), ExitReason::PowerOff);
+        assert!(control.wake().read().is_ok());
+    }
+
+    #[test]
+    fn a_reset_after_a_panic_is_a_panic() {
+        let (rebooted, panicked) = (control(), control());
+        rebooted.reset();
+        panicked.panicked();
+        assert!(panicked.notes().end.is_none(), "the guest may still print");
+        panicked.reset();
+        assert_eq!(end(&rebooted), ExitReason::Reboot);
+        assert_eq!(end(&panicked), ExitReason::Panic);
+    }
+
+    #[test]
+    fn the_last_exit_code_counts() {
+        let control = control();
+        assert_eq!(control.notes().exit_code, None);
+        control.exit_code(3);
+        control.exit_code(0);
+        assert_eq!(control.notes().exit_code, Some(0));
+    }
+}

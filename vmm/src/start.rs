@@ -1,0 +1,229 @@
+//! Everything that can be refused before anything is started: the host, the
+//! files and the sockets that the configuration names.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use cofferdam_api::config::{self, BootProtocol, CacheType, DomainConfig, IoEngine, SerialMode};
+use cofferdam_api::status::ExitReason;
+use cofferdam_api::validate::ConfigError;
+use cofferdam_confidential::LaunchError;
+use cofferdam_confidential::host::{self, HostError};
+use cofferdam_devices::rate_limiter::{RateLimits, TokenBucket};
+use cofferdam_devices::virtio::VirtioDevice;
+use cofferdam_devices::virtio::block::{
+    Block, BlockError, BlockFile, BlockFileError, BlockOptions, BlockSource, Cache, Engine,
+};
+use cofferdam_devices::virtio::vsock::{self, BindError, SocketFile, Vsock, VsockError};
+use cofferdam_firmware::layout::MIB;
+use kvm_ioctls::Kvm;
+use thiserror::Error;
+
+use crate::arch::VcpuSetupError;
+use crate::board::BoardError;
+use crate::boot::{BootError, BootFiles, BootPlan, Protocol};
+use crate::memory::MemoryError;
+
+/// Where KVM is.
+const KVM_DEVICE: &str = "/dev/kvm";
+
+/// Why a domain did not start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// Signals cannot be watched.
+    #[error("signals: {0}")]
+    Signals(#[source] io::Error),
+    /// The configuration file cannot be read.
+    #[error("--config-file: {0}")]
+    ConfigFile(#[source] io::Error),
+    /// The configuration is wrong in itself.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The host cannot run domains.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The kernel, the initrd, the command line or the size of the memory is bad.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A drive cannot be used.
+    #[error("drives[{index}].path_on_host: {source}")]
+    Drive {
+        /// Its place in the configuration.
+        index: usize,
+        /// What is wrong.
+        #[source]
+        source: BlockFileError,
+    },
+    /// A drive cannot be had as it is configured.
+    #[error("drives[{index}]: {source}")]
+    Block {
+        /// Its place in the configuration.
+        index: usize,
+        /// What is wrong.
+        #[source]
+        source: BlockError,
+    },
+    /// The vsock device's socket cannot be made.
+    #[error("vsock.uds_path: {0}")]
+    VsockSocket(#[from] BindError),
+    /// The vsock device cannot be had.
+    #[error("vsock: {0}")]
+    Vsock(#[from] VsockError),
+    /// The console's file cannot be opened.
+    #[error("{what}: {source}")]
+    Console {
+        /// The configuration field and the file.
+        what: String,
+        /// What the host answered.
+        #[source]
+        source: io::Error,
+    },
+    /// The host gave no memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The platform refused.
+    #[error("launch refused: {0}")]
+    Launch(#[from] LaunchError),
+    /// A vCPU's registers were refused.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuSetupError),
+    /// A device could not be put on the board.
+    #[error(transparent)]
+    Board(#[from] BoardError),
+    /// Something of the monitor's own failed.
+    #[error("{0}: {1}")]
+    Internal(&'static str, String),
+}
+
+impl StartError {
+    /// What the domain's exit reason is then.
+    pub fn reason(&self) -> ExitReason {
+        match self {
+            Self::ConfigFile(_)
+            | Self::Config(_)
+            | Self::Host(_)
+            | Self::Boot(_)
+            | Self::Drive { .. }
+            | Self::Block { .. }
+            | Self::VsockSocket(_)
+            | Self::Vsock(_)
+            | Self::Console { .. }
+            | Self::Memory(_) => ExitReason::Config,
+            Self::Launch(_) => ExitReason::LaunchRefused,
+            Self::Signals(_) | Self::Vcpu(_) | Self::Board(_) | Self::Internal(..) => {
+                ExitReason::MonitorError
+            }
+        }
+    }
+}
+
+/// Where the console's bytes come from and go to, if anywhere.
+#[derive(Default)]
+pub struct ConsoleFiles {
+    /// What is typed.
+    pub input: Option<OwnedFd>,
+    /// What is printed.
+    pub output: Option<OwnedFd>,
+}
+
+/// What a configuration names, opened and found good.
+pub struct Resources {
+    /// The host's KVM.
+    pub kvm: Kvm,
+    /// Where kernel and initrd go.
+    pub boot: BootPlan,
+    /// The drives in their order, so that the first drive is the guest's first disk, then vsock.
+    pub virtio: Vec<Box<dyn VirtioDevice>>,
+    /// Removes the vsock device's socket when it is dropped.
+    pub vsock_file: Option<SocketFile>,
+    /// Where the console goes.
+    pub console: ConsoleFiles,
+}
+
+impl Resources {
+    /// Checks the host and opens everything.
+    pub fn open(config: &DomainConfig) -> Result<Self, StartError> {
+        let kvm = host::require(Path::new(KVM_DEVICE))?;
+        let boot = BootFiles::open(
+            &config.boot.kernel_image_path,
+            config.boot.initrd_path.as_deref(),
+            &config.command_line(),
+            match config.boot.boot_protocol {
+                BootProtocol::Auto => Protocol::Auto,
+                BootProtocol::Pvh => Protocol::Pvh,
+                BootProtocol::Linux64 => Protocol::Linux64,
+            },
+        )?
+        .plan(memory_size(config))?;
+        let mut virtio: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(config.drives.len() + 1);
+        for (index, drive) in config.drives.iter().enumerate() {
+            let file = BlockFile::open(block_options(drive))
+                .map_err(|source| StartError::Drive { index, source })?;
+            let block = Block::new(file).map_err(|source| StartError::Block { index, source })?;
+            virtio.push(Box::new(block));
+        }
+        let console = open_console(&config.serial)?;
+        let mut vsock_file = None;
+        if let Some(config) = &config.vsock {
+            let (listener, file) = vsock::bind(&config.uds_path)?;
+            vsock_file = Some(file);
+            virtio.push(Box::new(Vsock::new(config.guest_cid, listener, config.uds_path.clone())?));
+        }
+        Ok(Self { kvm, boot, virtio, vsock_file, console })
+    }
+}
+
+/// Guest memory of a valid configuration, bytes.
+pub fn memory_size(config: &DomainConfig) -> u64 {
+    config.machine.mem_size_mib.saturating_mul(MIB)
+}
+
+fn block_options(drive: &config::Drive) -> BlockOptions {
+    let bucket = |bucket: config::TokenBucket| TokenBucket {
+        size: bucket.size,
+        one_time_burst: bucket.one_time_burst.unwrap_or(0),
+        refill_time: std::time::Duration::from_millis(bucket.refill_time),
+    };
+    let limits = drive.rate_limiter.unwrap_or_default();
+    BlockOptions {
+        source: BlockSource::Path(drive.path_on_host.clone()),
+        read_only: drive.is_read_only,
+        cache: match drive.cache_type {
+            CacheType::Unsafe => Cache::Unsafe,
+            CacheType::Writeback => Cache::Writeback,
+        },
+        engine: match drive.io_engine {
+            IoEngine::Auto => Engine::Auto,
+            IoEngine::Sync => Engine::Sync,
+            IoEngine::Async => Engine::Async,
+        },
+        block_size: drive.block_size,
+        id: drive.drive_id.clone(),
+        limits: RateLimits { bandwidth: limits.bandwidth.map(bucket), operations: limits.ops.map(bucket) },
+    }
+}
+
+fn open_console(serial: &config::Serial) -> Result<ConsoleFiles, StartError> {
+    let failed = |what: String| move |source| StartError::Console { what, source };
+    match (serial.mode, &serial.serial_out_path) {
+        (SerialMode::None, _) => Ok(ConsoleFiles::default()),
+        (SerialMode::File, Some(path)) => {
+            let file = OpenOptions::new()
+                .append(true)
+                .create(true)
+                .open(path)
+                .map_err(failed(format!("serial.serial_out_path: {}", path.display())))?;
+            Ok(ConsoleFiles { input: None, output: Some(file.into()) })
+        }
+        // Validation has refused a mode `File` without a path.
+        (SerialMode::Stdio | SerialMode::File, _) => {
+            let duplicate = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
+            Ok(ConsoleFiles {
+                input: Some(duplicate(io::stdin().as_fd()).map_err(failed("standard input".to_owned()))?),
+                output: Some(duplicate(io::stdout().as_fd()).map_err(failed("standard output".to_owned()))?),
+            })
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The lifecycle of a running domain, as a subscriber of the event loop.
+//!
+//! ```text
+//! running ──(pause)──▶ paused ──(resume)──▶ running
+//!    │ a reason is noted: the guest powered off, rebooted, panicked, a vCPU failed,
+//!    │ a second stop signal, the deadline after the first one, the client is gone
+//!    ▼
+//! stopped(reason)
+//! ```
+//!
+//! The first stop signal presses the power button and sets a deadline. A guest
+//! that says it panicked gets a moment to print and to reboot by itself.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cofferdam_api::status::ExitReason;
+use cofferdam_devices::platform::power::PowerButton;
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use tracing::{info, warn};
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::control::Control;
+use crate::signals::StopSignals;
+use crate::vcpu::Vcpus;
+
+/// How long a guest that panicked may go on.
+const PANIC_GRACE: Duration = Duration::from_secs(1);
+
+const WAKE: u32 = 0;
+const SIGNAL: u32 = 1;
+const DEADLINE: u32 = 2;
+const CLIENT: u32 = 3;
+
+/// Watches a running domain, and says when and why it has stopped.
+pub struct Supervisor {
+    control: Arc<Control>,
+    vcpus: Vcpus,
+    signals: StopSignals,
+    power_button: Arc<PowerButton>,
+    stop_timeout: Duration,
+    /// The writing end of the status pipe: an error on it means that the reader is gone.
+    client: Option<File>,
+    timer: TimerFd,
+    /// What happens when the timer expires.
+    at_deadline: Option<(ExitReason, String)>,
+    stop_asked: bool,
+    paused: bool,
+    stopped: Option<(ExitReason, String)>,
+}
+
+impl Supervisor {
+    /// Watches the domain of `vcpus`.
+    pub fn new(
+        control: Arc<Control>,
+        vcpus: Vcpus,
+        signals: StopSignals,
+        power_button: Arc<PowerButton>,
+        stop_timeout: Duration,
+        client: Option<File>,
+    ) -> std::io::Result<Self> {
+        Ok(Self {
+            control,
+            vcpus,
+            signals,
+            power_button,
+            stop_timeout,
+            client,
+            timer: TimerFd::new()?,
+            at_deadline: None,
+            stop_asked: false,
+            paused: false,
+            stopped: None,
+        })
+    }
+
+    /// Why the domain has stopped, once it has.
+    pub fn stopped(&self) -> Option<&(ExitReason, String)> {
+        self.stopped.as_ref()
+    }
+
+    /// Lets the vCPUs run.
+    pub fn start(&self) {
+        self.vcpus.resume();
+    }
+
+    /// Ends the vCPU threads.
+    pub fn end(&mut self) {
+        self.vcpus.end();
+    }
+
+    /// Acts on what was noted.
+    fn look(&mut self) {
+        let notes = self.control.notes();
+        if notes.panicked {
+            self.set_deadline(PANIC_GRACE, ExitReason::Panic, "the guest's kernel panicked".to_owned());
+        }
+        if notes.paused != self.paused {
+            self.paused = notes.paused;
+            if self.paused { self.vcpus.pause() } else { self.vcpus.resume() }
+        }
+        self.stopped = notes.end.map(|end| match end {
+            (ExitReason::PowerOff, _) if self.stop_asked => {
+                (ExitReason::Stopped, "stopped on request: the guest powered off".to_owned())
+            }
+            end => end,
+        });
+    }
+
+    fn stop_signal(&mut self) {
+        if self.stop_asked || self.paused || self.stop_timeout.is_zero() {
+            self.control.stop(ExitReason::Stopped, "stopped hard on request".to_owned());
+            return;
+        }
+        self.stop_asked = true;
+        info!("pressing the power button");
+        if let Err(error) = self.power_button.press() {
+            warn!("the power button: {error}");
+        }
+        let message = format!(
+            "stopped hard: the guest did not power off within {} ms of the power button",
+            self.stop_timeout.as_millis()
+        );
+        self.set_deadline(self.stop_timeout, ExitReason::Stopped, message);
+    }
+
+    /// Sets the deadline, unless one is set.
+    fn set_deadline(&mut self, after: Duration, reason: ExitReason, message: String) {
+        if self.at_deadline.is_some() {
+            return;
+        }
+        match self.timer.reset(after, None) {
+            Ok(()) => self.at_deadline = Some((reason, message)),
+            Err(error) => self.control.stop(reason, format!("{message} (no timer: {error})")),
+        }
+    }
+
+    fn deadline(&mut self) {
+        if self.timer.wait().is_ok()
+            && let Some((reason, message)) = self.at_deadline.take()
+        {
+            self.control.stop(reason, message);
+        }
+    }
+}
+
+impl MutEventSubscriber for Supervisor {
+    fn init(&mut self, ops: &mut EventOps) {
+        let mut events = vec![
+            Events::with_data(self.control.wake(), WAKE, EventSet::IN),
+            Events::with_data(&self.signals, SIGNAL, EventSet::IN),
+            Events::with_data(&self.timer, DEADLINE, EventSet::IN),
+        ];
+        if let Some(client) = &self.client {
+            // Errors and hang-ups are reported unasked.
+            events.push(Events::with_data(client, CLIENT, EventSet::empty()));
+        }
+        for event in events {
+            let is_client = event.data() == CLIENT;
+            if let Err(error) = ops.add(event) {
+                // A regular file cannot hang up, and cannot be watched.
+                if is_client {
+                    continue;
+                }
+                self.control.stop(ExitReason::MonitorError, format!("event loop: {error}"));
+            }
+        }
+        self.look();
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        match events.data() {
+            WAKE => {
+                let _ = self.control.wake().read();
+            }
+            SIGNAL => (0..self.signals.take()).for_each(|_| self.stop_signal()),
+            DEADLINE => self.deadline(),
+            _ => {
+                if let Some(client) = self.client.take() {
+                    let _ = ops.remove(Events::empty_raw(client.as_raw_fd()));
+                }
+                self.control.stop(ExitReason::Stopped, "whoever started the domain is gone".to_owned());
+            }
+        }
+        self.look();
+    }
+}

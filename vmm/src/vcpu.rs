@@ -1,0 +1,122 @@
+//! vCPU threads: run the guest, serve its exits, until the gate ends.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use cofferdam_api::status::ExitReason;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::board::Buses;
+use crate::control::Control;
+use crate::gate::Gate;
+use crate::kick::{self, Kickable};
+
+/// What all vCPUs of a domain share.
+pub struct Shared {
+    /// The devices.
+    pub buses: Buses,
+    /// Where the domain's end is reported.
+    pub control: Arc<Control>,
+    /// Whether vCPUs run.
+    pub gate: Gate,
+}
+
+/// The vCPU threads of a domain. Dropping it ends them.
+pub struct Vcpus {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Vcpus {
+    /// Starts a thread per vCPU. They wait until [`Self::resume`]. On an error none is left.
+    pub fn start(vcpus: Vec<VcpuFd>, shared: Arc<Shared>) -> io::Result<Self> {
+        kick::install()?;
+        shared.gate.close();
+        let mut started = Self { shared, threads: Vec::with_capacity(vcpus.len()) };
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let shared = started.shared.clone();
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || run(index, Kickable::new(vcpu), &shared))?;
+            started.threads.push(thread);
+        }
+        Ok(started)
+    }
+
+    /// Holds all vCPUs outside the guest.
+    pub fn pause(&self) {
+        self.shared.gate.close();
+        self.threads.iter().for_each(kick::kick);
+    }
+
+    /// Lets them run.
+    pub fn resume(&self) {
+        self.shared.gate.open();
+    }
+
+    /// Ends all threads, and returns when they have.
+    pub fn end(&mut self) {
+        self.shared.gate.end();
+        self.threads.iter().for_each(kick::kick);
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                self.shared.control.stop(ExitReason::MonitorError, "a vCPU thread panicked".to_owned());
+            }
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn run(index: usize, mut vcpu: Kickable, shared: &Shared) {
+    while shared.gate.pass() {
+        match run_once(vcpu.vcpu(), shared) {
+            Ok(()) => {}
+            Err(Stop::Kicked) => vcpu.clear(),
+            Err(Stop::Ended(reason, what)) => {
+                shared.control.stop(reason, format!("vCPU {index}: {what}"));
+                return;
+            }
+        }
+    }
+}
+
+/// Why a vCPU does not go on at once.
+enum Stop {
+    /// The gate may have changed.
+    Kicked,
+    /// It cannot go on.
+    Ended(ExitReason, String),
+}
+
+/// Enters the guest and serves one exit.
+fn run_once(vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), Stop> {
+    let broken = |what: String| Err(Stop::Ended(ExitReason::VcpuError, what));
+    match vcpu.run() {
+        Ok(VcpuExit::IoOut(port, data)) => shared.buses.ports.write(u64::from(port), data),
+        Ok(VcpuExit::IoIn(port, data)) => shared.buses.ports.read(u64::from(port), data),
+        Ok(VcpuExit::MmioWrite(address, data)) => shared.buses.mmio.write(address, data),
+        Ok(VcpuExit::MmioRead(address, data)) => shared.buses.mmio.read(address, data),
+        Ok(VcpuExit::Intr) => return Err(Stop::Kicked),
+        Ok(VcpuExit::Shutdown) => {
+            return Err(Stop::Ended(ExitReason::TripleFault, "triple fault".to_owned()));
+        }
+        Ok(VcpuExit::FailEntry(reason, cpu)) => {
+            return broken(format!("KVM cannot enter the guest: hardware reason {reason:#x} on CPU {cpu}"));
+        }
+        Ok(VcpuExit::InternalError) => {
+            return broken("KVM internal error (an instruction that it cannot emulate?)".to_owned());
+        }
+        Ok(exit) => return broken(format!("unexpected exit {exit:?}")),
+        Err(error) => match error.errno() {
+            libc::EINTR | libc::EAGAIN => return Err(Stop::Kicked),
+            _ => return broken(format!("KVM_RUN: {error}")),
+        },
+    }
+    Ok(())
+}
