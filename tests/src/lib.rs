@@ -1,1 +1,10 @@
-//! Harness.
+//! The harness of the tests that cross crates: it runs `cofferdam` as a user
+//! does, and looks at what a user sees.
+//!
+//! The binaries under test are the shipped ones, `make build`; the payload
+//! guests come from `make payloads`.
+
+pub mod place;
+pub mod run;
+
+pub use run::{Finished, Run, Running};

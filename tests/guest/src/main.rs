@@ -1,0 +1,148 @@
+//! `test-guest`: what busybox lacks for the domain tests, as one static program.
+#![allow(unsafe_code)] // an accepted socket comes as a number
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use nix::sys::socket::{
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, VsockAddr, accept, bind, connect, listen, shutdown,
+    socket,
+};
+
+/// Context id of the host, and "any".
+const HOST: u32 = 2;
+const ANY: u32 = u32::MAX;
+/// `EV_KEY` and `KEY_POWER` of Linux `input-event-codes.h`.
+const EV_KEY: u16 = 1;
+const KEY_POWER: u16 = 116;
+
+/// Helpers of the domain tests
+#[derive(Parser)]
+enum Command {
+    /// Write VALUE to an I/O port through /dev/port
+    Port {
+        /// The port
+        port: u16,
+        /// The byte
+        value: u8,
+    },
+    /// Write the first BYTES of a test stream
+    Pattern(Stream),
+    /// Check that standard input is the first BYTES of a test stream
+    Check(Stream),
+    /// Accept one vsock connection and serve it
+    Listen(Vsock),
+    /// Connect to the host and serve the connection
+    Connect(Vsock),
+    /// Wait until the power button is pressed
+    WaitButton {
+        /// The input device
+        #[arg(default_value = "/dev/input/event0")]
+        device: PathBuf,
+    },
+}
+
+#[derive(clap::Args)]
+struct Stream {
+    bytes: u64,
+    seed: u64,
+}
+
+#[derive(clap::Args)]
+struct Vsock {
+    port: u32,
+    #[command(subcommand)]
+    service: Service,
+}
+
+/// What is done on a connection.
+#[derive(Subcommand)]
+enum Service {
+    /// Send what comes, until it ends
+    Echo,
+    /// Send a test stream and end
+    Send(Stream),
+    /// Check that a test stream comes
+    Receive(Stream),
+}
+
+fn main() -> ExitCode {
+    let done = match Command::parse() {
+        Command::Port { port, value } => write_port(port, value),
+        Command::Pattern(s) => cofferdam_test_guest::write(io::stdout().lock(), s.bytes, s.seed),
+        Command::Check(s) => cofferdam_test_guest::check(io::stdin().lock(), s.bytes, s.seed),
+        Command::Listen(vsock) => accepted(vsock.port).and_then(|stream| serve(stream, &vsock.service)),
+        Command::Connect(vsock) => connected(vsock.port).and_then(|stream| serve(stream, &vsock.service)),
+        Command::WaitButton { device } => wait_for_button(File::open(device)),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("test-guest: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn write_port(port: u16, value: u8) -> io::Result<()> {
+    let mut ports = OpenOptions::new().write(true).open("/dev/port")?;
+    ports.seek(SeekFrom::Start(port.into()))?;
+    ports.write_all(&[value])
+}
+
+fn stream_socket() -> io::Result<OwnedFd> {
+    Ok(socket(AddressFamily::Vsock, SockType::Stream, SockFlag::empty(), None)?)
+}
+
+fn accepted(port: u32) -> io::Result<File> {
+    let listener = stream_socket()?;
+    bind(listener.as_raw_fd(), &VsockAddr::new(ANY, port))?;
+    listen(&listener, Backlog::new(1)?)?;
+    println!("listening on {port}");
+    let fd = accept(listener.as_raw_fd())?;
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+fn connected(port: u32) -> io::Result<File> {
+    let stream = stream_socket()?;
+    connect(stream.as_raw_fd(), &VsockAddr::new(HOST, port))?;
+    Ok(stream.into())
+}
+
+fn serve(mut stream: File, service: &Service) -> io::Result<()> {
+    match service {
+        Service::Echo => {
+            let mut buffer = vec![0; 1 << 16];
+            loop {
+                match stream.read(&mut buffer)? {
+                    0 => break,
+                    length => stream.write_all(&buffer[..length])?,
+                }
+            }
+        }
+        Service::Send(s) => cofferdam_test_guest::write(&stream, s.bytes, s.seed)?,
+        Service::Receive(s) => cofferdam_test_guest::check(&stream, s.bytes, s.seed)?,
+    }
+    let _ = shutdown(stream.as_raw_fd(), Shutdown::Write);
+    // Until the peer has read everything and closed, too.
+    io::copy(&mut stream, &mut io::sink())?;
+    Ok(())
+}
+
+/// `struct input_event`: 16 bytes of time, then type, code and value.
+fn wait_for_button(device: io::Result<File>) -> io::Result<()> {
+    let mut device = device?;
+    let mut event = [0; 24];
+    loop {
+        device.read_exact(&mut event)?;
+        let field = |at: usize| u16::from_le_bytes([event[at], event[at + 1]]);
+        if (field(16), field(18), field(20)) == (EV_KEY, KEY_POWER, 1) {
+            return Ok(());
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! Where the things under test lie.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+/// The root of the workspace.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent").to_owned()
+}
+
+fn built(target: &str, name: &str, how: &str) -> PathBuf {
+    let target_dir = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let path = target_dir.join(target).join("release").join(name);
+    assert!(path.exists(), "{} is missing: run `{how}` first", path.display());
+    path
+}
+
+/// The `cofferdam` command, as shipped.
+pub fn cofferdam() -> PathBuf {
+    built("x86_64-unknown-linux-musl", "cofferdam", "make build")
+}
+
+/// The monitor, as shipped.
+pub fn monitor() -> PathBuf {
+    built("x86_64-unknown-linux-musl", "cofferdam-vmm", "make build")
+}
+
+/// The helper program that Linux guests run.
+pub fn test_guest() -> PathBuf {
+    built("x86_64-unknown-linux-musl", "test-guest", "make build")
+}
+
+/// A payload guest.
+pub fn payload(name: &str) -> PathBuf {
+    built("x86_64-unknown-none", name, "make payloads")
+}

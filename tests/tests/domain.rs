@@ -1,0 +1,1 @@
+//! The domain tier: Linux guests, on hardware KVM or in the rig.
