@@ -1,7 +1,40 @@
-# What a newcomer types; see README.md.
+# `make run` and `make test` are all that a newcomer needs; both install what is missing (`make deps`).
+MUSL := x86_64-unknown-linux-musl
+BARE := x86_64-unknown-none
 
-.PHONY: deps
+.PHONY: all deps build payloads run test lint unit payload domain clean
 
-# Installs what is missing on Debian 12, and says so.
-deps:
+all: build
+
+deps: ## Install the Debian packages, Rust targets and tools that are missing
 	@tests/deps.sh
+
+build: deps ## The shipped binaries, static, in target/x86_64-unknown-linux-musl/release
+	cargo build --release --target $(MUSL) -p cofferdam-vmm -p cofferdam-cli -p cofferdam-test-guest
+
+payloads: deps ## The tiny guests of the payload tier
+	cargo build --release --target $(BARE) -p cofferdam-payloads
+
+run: build ## Boot a Debian guest that prints its kernel version and a file from its disk
+	@cargo xtask demo
+
+test: lint unit payload domain ## Every tier
+	@echo "make test: lint, unit, payload and domain tiers passed"
+
+lint: deps
+	cargo fmt --all --check
+	cargo clippy --workspace --exclude cofferdam-payloads --all-targets --all-features -- -D warnings
+	cargo clippy -p cofferdam-payloads --target $(BARE) -- -D warnings
+	cargo deny --log-level error check licenses bans sources
+
+unit: deps ## Pure logic, anywhere
+	cargo test --workspace --exclude cofferdam-payloads
+
+payload: build payloads ## The monitor and tiny guests, on any /dev/kvm
+	cargo test -p cofferdam-tests --features payload --test payload
+
+domain: build ## Linux guests, on hardware KVM or in the rig
+	@cargo xtask domain-tests
+
+clean:
+	cargo clean
