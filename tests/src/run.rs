@@ -177,7 +177,7 @@ impl std::fmt::Display for Finished {
 /// Collects what comes from a pipe, while the test looks at it.
 struct Collector {
     shared: Arc<(Mutex<Collected>, Condvar)>,
-    thread: JoinHandle<()>,
+    thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Default)]
@@ -205,7 +205,7 @@ impl Collector {
                 }
             }
         });
-        Self { shared, thread }
+        Self { shared, thread: Some(thread) }
     }
 
     fn wait_for(&self, text: &[u8]) -> bool {
@@ -223,8 +223,9 @@ impl Collector {
         String::from_utf8_lossy(&self.shared.0.lock().expect("no panic under the lock").bytes).into_owned()
     }
 
-    fn finish(self) -> Vec<u8> {
-        self.thread.join().expect("the collector ends");
+    fn finish(&mut self) -> Vec<u8> {
+        let thread = self.thread.take().expect("finished once");
+        thread.join().expect("the collector ends");
         std::mem::take(&mut self.shared.0.lock().expect("no panic under the lock").bytes)
     }
 }
