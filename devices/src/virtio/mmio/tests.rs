@@ -239,10 +239,18 @@ fn an_interrupt_handler_waits_for_nobody() {
     let rig = Rig::new();
     let _device_at_work = rig.transport.state.lock().unwrap();
     rig.transport.interrupt.used();
-    assert_eq!(rig.get(INTERRUPT_STATUS), interrupt_status::USED);
-    rig.set(INTERRUPT_ACK, interrupt_status::USED);
-    rig.set(QUEUE_NOTIFY, 1);
-    assert_eq!((rig.get(INTERRUPT_STATUS), rig.get(STATUS), rig.get(CONFIG_GENERATION)), (0, 0, 0));
+    let (send, receive) = std::sync::mpsc::channel();
+    let transport = rig.transport.clone();
+    std::thread::spawn(move || {
+        for offset in [INTERRUPT_STATUS, STATUS, CONFIG_GENERATION, MAGIC_VALUE] {
+            transport.read(offset, &mut [0; 4]);
+        }
+        transport.write(INTERRUPT_ACK, &[1, 0, 0, 0]);
+        transport.write(QUEUE_NOTIFY, &[1, 0, 0, 0]);
+        send.send(()).unwrap();
+    });
+    assert!(receive.recv_timeout(std::time::Duration::from_secs(30)).is_ok(), "waits for the device");
+    assert_eq!(rig.get(INTERRUPT_STATUS), 0);
 }
 
 #[test]
