@@ -302,7 +302,13 @@ fn status_steps_out_of_order_are_ignored() {
         assert_eq!(rig.get(STATUS), 0, "{value:#x}");
     }
     rig.negotiate(TRANSPORT_FEATURES);
-    for value in [status::ACKNOWLEDGE, READY & !status::ACKNOWLEDGE, READY & !status::FEATURES_OK, 0x100] {
+    for value in [
+        status::ACKNOWLEDGE,
+        status::ACKNOWLEDGE | status::FAILED,
+        READY & !status::ACKNOWLEDGE,
+        READY & !status::FEATURES_OK,
+        0x100,
+    ] {
         rig.set(STATUS, value);
         assert_eq!(rig.get(STATUS), READY, "{value:#x}");
     }
