@@ -5,6 +5,11 @@ use std::path::PathBuf;
 
 use crate::agent::PORT_NAME;
 
+/// Arguments of the outer kernel. On a busy machine the emulator's timers come
+/// late, which must not count as broken hardware: `no_timer_check` keeps the
+/// kernel from giving up at boot, `nowatchdog` from reporting hung CPUs.
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check nowatchdog";
+
 /// What differs from one outer machine to the next.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -41,7 +46,7 @@ impl Machine {
         add(&[text("-m"), text(&self.memory.to_string())]);
         add(&[text("-kernel"), self.kernel.as_os_str()]);
         add(&[text("-initrd"), self.initrd.as_os_str()]);
-        add(&[text("-append"), text("console=ttyS0 panic=-1 quiet mitigations=off")]);
+        add(&[text("-append"), text(KERNEL_ARGUMENTS)]);
         add(&[text("-chardev"), text("file,id=console,path=/proc/self/fd/1")]);
         add(&[text("-serial"), text("chardev:console")]);
         add(&[text("-chardev"), text("socket,id=agent,fd=0")]);
