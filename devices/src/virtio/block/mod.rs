@@ -43,7 +43,9 @@ use event_manager::{EventOps, EventSet, Events};
 use rustix::io::Errno;
 use thiserror::Error;
 use tracing::{info, warn};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::Bytes;
@@ -138,6 +140,8 @@ struct Live {
     queue: Queue,
     interrupt: Arc<VirtioInterrupt>,
     chain: Chain,
+    /// Whether the driver relies on every write being durable: it could flush, and does not know how.
+    write_through: bool,
     /// Whether chains were answered of which the driver was not told yet.
     answered: bool,
 }
@@ -291,6 +295,9 @@ impl Block {
             _ => {}
         }
         operation.begin(ticket, work, offset, length);
+        if live.write_through && matches!(work, Work::Write | Work::Zero { .. }) {
+            operation.make_durable();
+        }
         match self.run(operation) {
             Some(finished) => {
                 turn.bytes = turn.bytes.saturating_sub(finished.0.moved());
@@ -439,6 +446,7 @@ impl VirtioDevice for Block {
             queue: queue.ok_or(ActivateError::QueueNotReady(0))?,
             interrupt: driver.interrupt,
             chain: Chain::new(driver.features),
+            write_through: self.limits.flush && driver.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
             answered: false,
         });
         Ok(())

@@ -80,6 +80,10 @@ pub(super) struct Operation {
     /// Bytes of data moved, zeroes included.
     moved: u64,
     retries: u8,
+    /// Whether the change is to be durable when the operation ends.
+    durable: bool,
+    /// Whether the data is there and only that is missing.
+    syncing: bool,
 }
 
 impl Operation {
@@ -87,6 +91,12 @@ impl Operation {
     pub(super) fn begin(&mut self, ticket: Ticket, work: Work, offset: u64, length: u64) {
         (self.ticket, self.work, self.offset, self.left) = (ticket, work, offset, length);
         (self.moved, self.retries) = (0, 0);
+        (self.durable, self.syncing) = (false, false);
+    }
+
+    /// Makes the operation end in `fdatasync`.
+    pub(super) fn make_durable(&mut self) {
+        self.durable = true;
     }
 
     /// What is done.
@@ -103,6 +113,7 @@ impl Operation {
     pub(super) fn step(&mut self) -> Step<'_> {
         let (offset, length) = (self.offset, self.left);
         match self.work {
+            _ if self.syncing => Step::Sync,
             Work::Read => Step::Read { offset, vectors: self.buffers.vectors() },
             Work::Write => Step::Write { offset, vectors: self.buffers.vectors() },
             Work::Flush => Step::Sync,
@@ -126,7 +137,14 @@ impl Operation {
     /// Takes the result of the step: the bytes that it moved.
     pub(super) fn advance(&mut self, file: &BlockFile, result: Result<u64, Errno>) -> Progress {
         match result {
-            Ok(bytes) => self.succeeded(bytes),
+            Ok(_) if self.syncing => Progress::Done(Ok(())),
+            Ok(bytes) => match self.succeeded(bytes) {
+                Progress::Done(Ok(())) if self.durable => {
+                    self.syncing = true;
+                    Progress::More
+                }
+                progress => progress,
+            },
             Err(error @ (Errno::INTR | Errno::AGAIN)) => {
                 self.retries = self.retries.saturating_add(1);
                 if self.retries < MAX_RETRIES { Progress::More } else { Progress::Done(Err(error)) }
@@ -159,6 +177,7 @@ impl Operation {
     fn failed(&mut self, file: &BlockFile, error: Errno) -> Progress {
         let missing = matches!(error, Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV);
         match &mut self.work {
+            _ if self.syncing => Progress::Done(Err(error)),
             // A discard is a hint: nothing is lost if the host keeps the space.
             Work::Discard if missing || error == Errno::INVAL => Progress::Done(Ok(())),
             Work::Zero { unmap, method } if *method != ZeroMethod::Write && missing => {
@@ -261,6 +280,27 @@ mod tests {
         assert_eq!(offset(&mut operation), 512);
         assert_eq!(operation.advance(&file, Err(Errno::INVAL)), Progress::Done(Err(Errno::INVAL)));
         assert_eq!(file.zero_method(false), ZeroMethod::ZeroRange);
+    }
+
+    #[test]
+    fn a_durable_change_is_synced_last() {
+        let file = file();
+        let mut zero = Operation::default();
+        let method = file.zero_method(false);
+        zero.begin(Ticket::default(), Work::Zero { unmap: false, method }, 0, 512);
+        for (mut operation, bytes) in [(write(512), 512), (zero, 0)] {
+            operation.make_durable();
+            assert!(!matches!(operation.step(), Step::Sync));
+            assert_eq!(operation.advance(&file, Ok(bytes)), Progress::More);
+            assert!(matches!(operation.step(), Step::Sync));
+            assert_eq!(operation.advance(&file, Err(Errno::INTR)), Progress::More);
+            assert!(matches!(operation.step(), Step::Sync));
+            assert_eq!(operation.advance(&file, Ok(0)), Progress::Done(Ok(())));
+        }
+        let mut operation = write(512);
+        operation.make_durable();
+        assert_eq!(operation.advance(&file, Ok(512)), Progress::More);
+        assert_eq!(operation.advance(&file, Err(Errno::INVAL)), Progress::Done(Err(Errno::INVAL)));
     }
 
     #[test]

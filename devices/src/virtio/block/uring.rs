@@ -30,7 +30,7 @@ pub(super) type Finished = (Operation, Result<(), Errno>);
 
 /// Longest wait of one call for operations that are under way.
 const WAIT: Duration = Duration::from_secs(1);
-/// Pause after the kernel was out of memory for entries.
+/// Pause before the next wait where the kernel refused to wait.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// A ring and the operations in it.
@@ -189,7 +189,6 @@ impl Uring {
                         );
                     }
                 }
-                Err(Errno::AGAIN | Errno::BUSY) => std::thread::sleep(PAUSE),
                 Err(error) => {
                     // What was never submitted is not known to the kernel; the rest still completes.
                     if self.in_flight() <= self.ring.submission().len() {

@@ -90,7 +90,12 @@ impl Guest {
         guest
     }
 
+    /// Activates the device with its own features and some of the ring.
     pub fn activate(&mut self, features: u64) {
+        self.activate_with(features | self.device.features());
+    }
+
+    pub fn activate_with(&mut self, features: u64) {
         let mut queue = Queue::new(QUEUE_SIZE).unwrap();
         queue.set_desc_table_address(Some(DESCRIPTORS as u32), None);
         queue.set_avail_ring_address(Some(AVAILABLE as u32), None);

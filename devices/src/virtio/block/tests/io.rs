@@ -5,8 +5,8 @@ use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
 use super::super::*;
@@ -241,5 +241,19 @@ fn a_write_that_the_host_refuses_is_an_error() {
         assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 16, &[1; 512], 0).status, IOERR);
         assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 16, &[1; 512], 0).status, IOERR);
         assert_eq!((guest.device.failures, content(&file, 0, 1)), (2, vec![1]));
+    }
+}
+
+#[test]
+fn a_driver_that_cannot_flush_gets_durable_writes() {
+    for engine in ENGINES {
+        let file = image(8192);
+        let mut guest = Guest::new(options(&file, engine));
+        guest.device.reset();
+        guest.activate_with(guest.device.features() & !(1 << VIRTIO_BLK_F_FLUSH));
+        assert!(guest.device.driver.as_ref().is_some_and(|live| live.write_through));
+        assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 0, &[1; 512], 0).status, OK);
+        assert_eq!(guest.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(8, 8, 0), 0).status, OK);
+        assert_eq!((content(&file, 0, 512), content(&file, 4096, 4096)), (vec![1; 512], vec![0; 4096]));
     }
 }

@@ -3,4 +3,5 @@
 mod guest;
 mod hostile;
 mod io;
+mod refused;
 mod turns;
