@@ -101,6 +101,7 @@ impl Buffers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
     #[test]
     fn bytes_are_taken_off_across_vectors() {
@@ -126,6 +127,22 @@ mod tests {
         assert_eq!(buffers.vectors().len(), MAX_VECTORS);
         buffers.advance(MAX_VECTORS as u64);
         assert_eq!(buffers.vectors().len(), 10);
+    }
+
+    #[test]
+    fn guest_memory_is_kept_until_it_is_forgotten() {
+        let ranges = [(GuestAddress(0x1000), 0x1000)];
+        let memory = Memory::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        let segments = [(0x1000, 100), (0x1800, 50)]
+            .map(|(address, length)| Segment { address: GuestAddress(address), length });
+        let mut buffers = Buffers::default();
+        buffers.set_guest(&memory, &segments, 16..120);
+        assert_eq!(Memory::strong_count(&memory), 2);
+        let host = memory.get_host_address(GuestAddress(0x1000)).unwrap().addr();
+        let vectors: Vec<_> = buffers.vectors().iter().map(|v| (v.base - host, v.length)).collect();
+        assert_eq!((vectors, buffers.left()), (vec![(16, 84), (0x800, 20)], 104));
+        buffers.clear();
+        assert_eq!((Memory::strong_count(&memory), buffers.vectors().len()), (1, 0));
     }
 
     #[test]
