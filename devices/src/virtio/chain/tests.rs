@@ -341,7 +341,8 @@ proptest! {
             let mut data = vec![0; 64];
             let read = rig.chain.read(&rig.memory, 3, &mut data);
             prop_assert_eq!(read.is_ok(), rig.chain.readable_len() >= 67);
-            prop_assert_eq!(rig.chain.split_last_writable().is_some(), rig.chain.writable_len() > 0);
+            let writable = rig.chain.writable_len() > 0;
+            prop_assert_eq!(rig.chain.split_last_writable().is_some(), writable);
         }
     }
 }
