@@ -53,11 +53,7 @@ impl DomainConfig {
     /// [`DEFAULT_COMMAND_LINE`], and `root=/dev/vdX ro|rw` for the root device.
     pub fn command_line(&self) -> String {
         let line = self.boot.boot_args.as_deref().unwrap_or(DEFAULT_COMMAND_LINE);
-        let Some(index) = self.drives.iter().position(|drive| drive.is_root_device) else {
-            return line.to_owned();
-        };
-        let mode = if self.drives.get(index).is_some_and(|drive| drive.is_read_only) { "ro" } else { "rw" };
-        let root = format!("root=/dev/{} {mode}", block_device_name(index));
+        let Some(root) = self.root_arguments() else { return line.to_owned() };
         // What follows a lone `--` is for init, not for the kernel.
         let (kernel, init) = match line.find(" -- ") {
             Some(at) => line.split_at(at),
@@ -65,6 +61,13 @@ impl DomainConfig {
         };
         let space = if kernel.is_empty() { "" } else { " " };
         format!("{kernel}{space}{root}{init}")
+    }
+
+    /// What the root device adds to the command line, if there is one.
+    pub(crate) fn root_arguments(&self) -> Option<String> {
+        let (index, root) = self.drives.iter().enumerate().find(|(_, drive)| drive.is_root_device)?;
+        let mode = if root.is_read_only { "ro" } else { "rw" };
+        Some(format!("root=/dev/{} {mode}", block_device_name(index)))
     }
 }
 
@@ -318,6 +321,8 @@ mod tests {
         assert!(unknown.contains("`kernel`") && unknown.contains("kernel_image_path"), "{unknown}");
         assert!(unknown.contains("line 2"), "{unknown}");
         assert!(message("{}").contains("boot-source"));
+        let many = message(r#"{"machine-config": {"vcpu_count": 256, "mem_size_mib": 64}}"#);
+        assert!(many.starts_with("machine-config.vcpu_count: 256 is not between 1 and 32"), "{many}");
         assert!(message("").contains("line 1"));
         assert!(message("[]{").contains("line 1"));
         let twice = message(

@@ -63,6 +63,17 @@ pub enum ConfigError {
         /// The limit, bytes.
         max: usize,
     },
+    /// A command line that the root device makes too long.
+    #[error(
+        "boot-source.boot_args: {length} bytes long with the root device's {root:?}; at most \
+         {MAX_COMMAND_LINE} are possible"
+    )]
+    TooLongWithRoot {
+        /// Length of the whole command line, bytes.
+        length: usize,
+        /// What the root device adds.
+        root: String,
+    },
     /// A text or path that is empty.
     #[error("{field}: is empty")]
     Empty {
@@ -144,6 +155,7 @@ impl ConfigError {
             | Self::Duplicate { field, .. }
             | Self::BlockSize { field, .. }
             | Self::Zero { field } => Some(field),
+            Self::TooLongWithRoot { .. } => Some("boot-source.boot_args"),
             Self::SecondRoot { .. } | Self::TooManyDevices { .. } => Some("drives"),
             Self::SerialPathMissing | Self::SerialPathUnused { .. } => Some("serial.serial_out_path"),
             Self::TooLarge { .. } | Self::Json(_) => None,
@@ -157,14 +169,23 @@ impl DomainConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.machine.validate()?;
         self.boot.validate()?;
-        // After the fields of their own: this is the line with `root=…`.
-        check_text("boot-source.boot_args", self.command_line().as_bytes(), MAX_COMMAND_LINE)?;
+        self.validate_command_line()?;
         self.validate_drives()?;
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
         }
         self.serial.validate()?;
         check_range("stop_timeout_ms", self.stop_timeout_ms, (0, MAX_STOP_TIMEOUT_MS))
+    }
+
+    fn validate_command_line(&self) -> Result<(), ConfigError> {
+        let given = self.boot.boot_args.as_deref().unwrap_or_default();
+        check_text("boot-source.boot_args", given.as_bytes(), MAX_COMMAND_LINE)?;
+        let length = self.command_line().len();
+        match self.root_arguments() {
+            Some(root) if length > MAX_COMMAND_LINE => Err(ConfigError::TooLongWithRoot { length, root }),
+            _ => Ok(()),
+        }
     }
 
     fn validate_drives(&self) -> Result<(), ConfigError> {
@@ -363,7 +384,11 @@ mod tests {
             c.boot.boot_args = Some("x".repeat(2040));
             c.drives[0].is_root_device = true;
         });
-        assert_eq!(long, "boot-source.boot_args: 2057 bytes long; at most 2048 are possible");
+        assert_eq!(
+            long,
+            "boot-source.boot_args: 2057 bytes long with the root device's \"root=/dev/vda rw\"; at most 2048 \
+             are possible"
+        );
     }
 
     #[test]

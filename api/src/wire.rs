@@ -13,6 +13,7 @@ use crate::config::{
     BootSource, CacheType, Confidential, DomainConfig, Drive, IoEngine, MachineConfig, RateLimiter, Serial,
     SerialMode, Vsock, default_block_size, default_stop_timeout_ms,
 };
+use crate::validate::{ConfigError, VCPU_COUNT};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -82,7 +83,7 @@ impl TryFrom<WireDomain> for DomainConfig {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct WireMachine {
-    vcpu_count: u8,
+    vcpu_count: u64,
     mem_size_mib: u64,
 
     #[serde(default)]
@@ -105,7 +106,13 @@ impl TryFrom<WireMachine> for MachineConfig {
             ("machine-config.smt", wire.smt),
             ("machine-config.track_dirty_pages", wire.track_dirty_pages),
         ])?;
-        Ok(Self { vcpu_count: wire.vcpu_count, mem_size_mib: wire.mem_size_mib })
+        // A number that `u8` cannot hold is refused as any other out of the range is, by the field's name.
+        let vcpu_count = u8::try_from(wire.vcpu_count).map_err(|_| {
+            let (min, max) = VCPU_COUNT;
+            let field = "machine-config.vcpu_count".to_owned();
+            ConfigError::OutOfRange { field, value: wire.vcpu_count, min, max }.to_string()
+        })?;
+        Ok(Self { vcpu_count, mem_size_mib: wire.mem_size_mib })
     }
 }
 
