@@ -94,7 +94,7 @@ pub struct RunArgs {
     #[arg(long, value_enum, value_name = "PROTOCOL", default_value_t = BootProtocolArg::Auto)]
     pub boot_protocol: BootProtocolArg,
     /// Number of CPUs, 1 to 32
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     pub cpus: u64,
     /// Memory, 32M to 64G
     #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_size)]
@@ -193,6 +193,7 @@ impl RunArgs {
     }
 
     fn unchecked_config(&self) -> Result<DomainConfig, String> {
+        self.check_paths()?;
         let vcpu_count = u8::try_from(self.cpus).map_err(|_| {
             let (min, max) = VCPU_COUNT;
             let field = "machine-config.vcpu_count".to_owned();
@@ -232,6 +233,25 @@ impl RunArgs {
         })
     }
 
+    /// The configuration is JSON, and that is UTF-8.
+    fn check_paths(&self) -> Result<(), String> {
+        let console = match &self.console {
+            Console::File(file) => Some(file),
+            Console::Stdio | Console::None => None,
+        };
+        let paths = [
+            ("--kernel", Some(&self.kernel)),
+            ("--initrd", self.initrd.as_ref()),
+            ("--vsock", self.vsock.as_ref()),
+            ("--console", console),
+        ];
+        match paths.iter().find_map(|(option, path)| path.filter(|p| p.to_str().is_none()).zip(Some(option)))
+        {
+            Some((path, option)) => Err(format!("{option}: the path {path:?} is not UTF-8")),
+            None => Ok(()),
+        }
+    }
+
     /// Name of the domain.
     pub fn domain_id(&self) -> Result<String, String> {
         match &self.id {
@@ -241,31 +261,64 @@ impl RunArgs {
     }
 }
 
-/// The message of `error`, after the option that gave the field its value.
+/// The message of `error`, with the option in place of the field that it gave its value.
 fn with_option(error: &ConfigError) -> String {
-    const OPTIONS: [(&str, &str); 9] = [
+    const OPTIONS: [(&str, &str); 8] = [
         ("machine-config.vcpu_count", "--cpus"),
         ("machine-config.mem_size_mib", "--memory"),
         ("boot-source.kernel_image_path", "--kernel"),
         ("boot-source.initrd_path", "--initrd"),
         ("boot-source.boot_args", "--cmdline"),
-        ("drives", "--drive"),
         ("vsock.guest_cid", "--guest-cid"),
         ("vsock.uds_path", "--vsock"),
-        ("serial", "--console"),
+        ("stop_timeout_ms", "--stop-timeout"),
     ];
+    let message = error.to_string();
     let field = error.field().unwrap_or_default();
-    match OPTIONS.iter().find(|(prefix, _)| field.starts_with(prefix)) {
-        Some((_, option)) => format!("{option}: {error}"),
-        None if field == "stop_timeout_ms" => format!("--stop-timeout: {error}"),
-        None => error.to_string(),
+    let reason = message.strip_prefix(field).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(&message);
+    let option = match OPTIONS.iter().find(|(name, _)| *name == field) {
+        Some((_, option)) => (*option).to_owned(),
+        None if field.starts_with("drives") => drive_option(field),
+        None if field.starts_with("serial") => "--console".to_owned(),
+        None => return message,
+    };
+    match error {
+        ConfigError::OutOfRange { value, min, max, .. } => {
+            let unit = match option.as_str() {
+                "--memory" => " MiB",
+                "--stop-timeout" => " ms",
+                _ => "",
+            };
+            format!("{option}: {value}{unit} is not between {min} and {max}{unit}")
+        }
+        ConfigError::SecondRoot { index, first } => {
+            format!("{option} {}, root: drive {} is the root already", index + 1, first + 1)
+        }
+        _ => format!("{option}: {reason}"),
     }
+}
+
+/// The part of a `--drive` that gave `field` its value. People count drives from 1.
+fn drive_option(field: &str) -> String {
+    let parts = field.strip_prefix("drives[").and_then(|rest| rest.split_once("]."));
+    let Some((Ok(index), name)) = parts.map(|(index, name)| (index.parse::<usize>(), name)) else {
+        return "--drive".to_owned();
+    };
+    let item = match name {
+        "drive_id" => "id",
+        "path_on_host" => "path",
+        "rate_limiter.ops.size" => "iops",
+        "rate_limiter.bandwidth.size" => "bandwidth",
+        other => other,
+    };
+    format!("--drive {}, {item}", index.saturating_add(1))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use clap::CommandFactory;
+    use std::ffi::OsString;
 
     fn run_args(extra: &[&str]) -> Result<Box<RunArgs>, clap::Error> {
         let words = ["cofferdam", "run", "--kernel", "k"].iter().chain(extra);
@@ -296,6 +349,15 @@ mod tests {
         assert_eq!(config.confidential.platform, PlatformChoice::Auto);
         assert_eq!(config.stop_timeout_ms, 10_000);
         assert_eq!(run_args(&[]).unwrap().domain_id().unwrap(), format!("domain-{}", std::process::id()));
+    }
+
+    #[test]
+    fn a_path_that_is_not_utf_8_is_refused_by_its_option() {
+        use std::os::unix::ffi::OsStringExt;
+        let words = ["cofferdam", "run", "--kernel", "k", "--vsock"].map(OsString::from);
+        let words = words.into_iter().chain([OsString::from_vec(b"a\xff".into())]);
+        let Command::Run(args) = Cli::try_parse_from(words).unwrap().command else { unreachable!() };
+        assert_eq!(args.domain_config().unwrap_err(), "--vsock: the path \"a\\xFF\" is not UTF-8");
     }
 
     #[test]
@@ -344,38 +406,43 @@ mod tests {
         let long = "x".repeat(2049);
         let socket = "s".repeat(97);
         for (extra, part) in [
-            (vec!["--cpus", "0"], "--cpus: machine-config.vcpu_count: 0 is not between 1 and 32"),
-            (vec!["--cpus", "33"], "--cpus: machine-config.vcpu_count: 33 is not between 1 and 32"),
-            (vec!["--cpus", "300"], "--cpus: machine-config.vcpu_count: 300 is not between 1 and 32"),
+            (vec!["--cpus", "0"], "--cpus: 0 is not between 1 and 32"),
+            (vec!["--cpus", "33"], "--cpus: 33 is not between 1 and 32"),
+            (vec!["--cpus", "300"], "--cpus: 300 is not between 1 and 32"),
             (vec!["--cpus", "two"], "--cpus"),
-            (
-                vec!["--memory", "16M"],
-                "--memory: machine-config.mem_size_mib: 16 is not between 32 and 65536",
-            ),
-            (vec!["--memory", "65G"], "--memory: machine-config.mem_size_mib: 66560 is not"),
+            (vec!["--cpus", "-1"], "--cpus"),
+            (vec!["--memory", "16M"], "--memory: 16 MiB is not between 32 and 65536 MiB"),
+            (vec!["--memory", "65G"], "--memory: 66560 MiB is not"),
             (vec!["--memory", "33000K"], "--memory: 33792000 bytes are not a whole number of MiB"),
             (vec!["--memory", "256"], "write 256M"),
-            (vec!["--cmdline", &long], "--cmdline: boot-source.boot_args: 2049 bytes long"),
+            (vec!["--cmdline", &long], "--cmdline: 2049 bytes long"),
             (vec!["--initrd", ""], "'--initrd <FILE>'"),
-            (
-                vec!["--drive", "path=a,id=x", "--drive", "path=b,id=x"],
-                "--drive: drives[1].drive_id: \"x\" is used twice",
-            ),
+            (vec!["--drive", "path=a,id=x", "--drive", "path=b,id=x"], "--drive 2, id: \"x\" is used twice"),
             (vec!["--drive", "path=a,id=drive1", "--drive", "path=b"], "\"drive1\" is used twice"),
-            (vec!["--drive", "path=a,iops=0"], "--drive: drives[0].rate_limiter.ops.size: must not be 0"),
+            (vec!["--drive", "path=a,iops=0"], "--drive 1, iops: must not be 0"),
+            (vec!["--drive", "path="], "--drive 1, path: is empty"),
+            (
+                vec!["--drive", "path=a,root", "--drive", "path=b,root"],
+                "--drive 2, root: drive 1 is the root already",
+            ),
             (vec!["--drive", "a"], "path=FILE"),
-            (vec!["--vsock", &socket], "--vsock: vsock.uds_path: 97 bytes long"),
-            (vec!["--vsock", "s", "--guest-cid", "2"], "--guest-cid: vsock.guest_cid: 2"),
+            (vec!["--vsock", &socket], "--vsock: 97 bytes long"),
+            (vec!["--vsock", "s", "--guest-cid", "2"], "--guest-cid: 2 is not between 3 and"),
             (vec!["--guest-cid", "4"], "--vsock"),
             (vec!["--console", "tty"], "stdio, none or file=FILE"),
-            (vec!["--console", "file="], "--console: serial.serial_out_path: is empty"),
+            (vec!["--console", "file="], "--console: is empty"),
             (vec!["--platform", "snp"], "--platform"),
-            (vec!["--stop-timeout", "25000m"], "--stop-timeout: stop_timeout_ms: "),
+            (
+                vec!["--stop-timeout", "25000m"],
+                "--stop-timeout: 1500000000 ms is not between 0 and 86400000 ms",
+            ),
             (vec!["--kernel", "k2"], "--kernel"),
         ] {
             let error = config(&extra).unwrap_err();
             assert!(error.contains(part), "{extra:?}: {error}");
         }
+        let too_many = ["--drive", "path=a"].repeat(65);
+        assert!(config(&too_many).unwrap_err().starts_with("--drive: 65 devices"));
         let id = |id| run_args(&["--id", id]).unwrap().domain_id();
         assert_eq!(id("web-1").unwrap(), "web-1");
         assert!(id("a/b").unwrap_err().starts_with("--id: "));

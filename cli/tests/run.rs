@@ -299,9 +299,9 @@ fn a_monitor_learns_that_the_command_line_was_killed() {
 #[test]
 fn bad_configurations_start_nothing() {
     for (extra, part) in [
-        (vec!["--cpus", "33"], "--cpus: machine-config.vcpu_count: 33 is not between 1 and 32"),
-        (vec!["--cpus", "0"], "--cpus: machine-config.vcpu_count: 0 is not between 1 and 32"),
-        (vec!["--drive", "path=a,id=x", "--drive", "path=b,id=x"], "drives[1].drive_id: \"x\" is used twice"),
+        (vec!["--cpus", "33"], "--cpus: 33 is not between 1 and 32"),
+        (vec!["--cpus", "0"], "--cpus: 0 is not between 1 and 32"),
+        (vec!["--drive", "path=a,id=x", "--drive", "path=b,id=x"], "--drive 2, id: \"x\" is used twice"),
         (vec!["--memory", "1"], "--memory"),
         (vec!["--bogus"], "--bogus"),
         (vec!["--guest-cid", "4"], "--vsock <SOCKET>"),
