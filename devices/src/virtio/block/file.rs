@@ -105,8 +105,11 @@ pub enum BlockFileError {
     /// A directory, pipe, socket or terminal.
     #[error("{}: neither a regular file nor a block device", .0.display())]
     FileKind(PathBuf),
-    /// Another process has it.
-    #[error("{}: in use by another process{}", path.display(), if *.read_only { ", which writes it" } else { "" })]
+    /// Someone has it already.
+    #[error(
+        "{}: locked: another domain, drive or program {} it", path.display(),
+        if *.read_only { "writes" } else { "uses" }
+    )]
     Locked {
         /// The file.
         path: PathBuf,
@@ -114,7 +117,7 @@ pub enum BlockFileError {
         read_only: bool,
     },
     /// It has no content.
-    #[error("{}: empty", .0.display())]
+    #[error("{}: is empty", .0.display())]
     Empty(PathBuf),
     /// Its size does not fit the logical blocks.
     #[error("{}: its {size} bytes are not a multiple of the block size, {block_size}", path.display())]
