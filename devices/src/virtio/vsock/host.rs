@@ -28,13 +28,18 @@ const NON_BLOCKING: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEX
 #[derive(Debug, Error)]
 pub enum BindError {
     /// Something exists at the path, and it is not a socket that was left behind.
-    #[error("vsock socket {path}: address in use (EADDRINUSE)")]
+    #[error(
+        "vsock socket {}: {} (EADDRINUSE)", path.display(),
+        if *.is_socket { "another domain or program listens on it" } else { "a file that is no socket is there" }
+    )]
     InUse {
         /// The path.
         path: PathBuf,
+        /// Whether it is a socket.
+        is_socket: bool,
     },
     /// The host refused it.
-    #[error("vsock socket {path}: {source}")]
+    #[error("vsock socket {}: cannot be made: {source}", path.display())]
     Socket {
         /// The path.
         path: PathBuf,
@@ -47,7 +52,7 @@ pub enum BindError {
 /// else that exists there is an error. The file is removed when the [`SocketFile`] is dropped.
 pub fn bind(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     let failed = |source: io::Error| match source.kind() {
-        ErrorKind::AddrInUse => BindError::InUse { path: path.into() },
+        ErrorKind::AddrInUse => BindError::InUse { path: path.into(), is_socket: is_socket(path) },
         _ => BindError::Socket { path: path.into(), source },
     };
     if is_left_behind(path) {
@@ -63,8 +68,11 @@ pub fn bind(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
 
 /// Whether `path` is a socket that refuses connections because nobody listens.
 fn is_left_behind(path: &Path) -> bool {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    is_socket && connect_to(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+    is_socket(path) && connect_to(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+}
+
+fn is_socket(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
 /// Connects without waiting.
