@@ -73,6 +73,7 @@ fn read_header(file: &ImageFile) -> Result<Box<boot_params>, KernelError> {
     if boot_flag != BOOT_FLAG || header != HEADER_MAGIC {
         return Err(KernelError::NotAKernel);
     }
+    check_within("setup header", header_end as u64, file.length())?;
     if version < VERSION_2_12 {
         return Err(BzImageError::Version(version).into());
     }
@@ -100,8 +101,8 @@ fn code(file: &ImageFile, header: &setup_header) -> Result<Segment, BzImageError
         ("code", start + u64::from(syssize) * 16),
         ("compressed kernel", start + u64::from(payload_offset) + u64::from(payload_length)),
     ];
-    if let Some(&(part, end)) = parts.iter().find(|(_, end)| *end > length) {
-        return Err(BzImageError::Truncated { part, end, length });
+    for (part, end) in parts {
+        check_within(part, end, length)?;
     }
     let file_size = length.saturating_sub(start);
     Ok(Segment {
@@ -110,6 +111,14 @@ fn code(file: &ImageFile, header: &setup_header) -> Result<Segment, BzImageError
         address: 0,
         memory_size: u64::from(init_size).max(file_size),
     })
+}
+
+/// Checks that a part that ends at byte `end` is in a file of `length` bytes.
+fn check_within(part: &'static str, end: u64, length: u64) -> Result<(), BzImageError> {
+    if end > length {
+        return Err(BzImageError::Truncated { part, end, length });
+    }
+    Ok(())
 }
 
 fn load_address(header: &setup_header) -> Result<u64, BzImageError> {

@@ -70,9 +70,8 @@ pub enum BootError {
     },
     /// Kernel and initrd do not fit into the memory.
     #[error(
-        "machine-config.mem_size_mib: {} MiB is too small: the kernel needs the first {} MiB and the initrd \
-         {} MiB, at least {} MiB in all",
-        memory / MIB, kernel_end.div_ceil(MIB), initrd.div_ceil(MIB), needed.div_ceil(MIB)
+        "machine-config.mem_size_mib: {} MiB is too small: the kernel needs the first {} MiB{}",
+        memory / MIB, kernel_end.div_ceil(MIB), initrd_share(*initrd, *needed)
     )]
     MemoryTooSmall {
         /// Size of the guest memory, bytes.
@@ -94,6 +93,18 @@ pub enum BootError {
         /// What guest memory said.
         reason: GuestMemoryError,
     },
+}
+
+/// What the initrd adds to the memory that the kernel needs.
+fn initrd_share(initrd: u64, needed: u64) -> String {
+    match initrd {
+        0 => String::new(),
+        _ => format!(
+            " and the initrd {} MiB, at least {} MiB in all",
+            initrd.div_ceil(MIB),
+            needed.div_ceil(MIB)
+        ),
+    }
 }
 
 /// What is wrong with a file as such.
