@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // taking over a descriptor by its number
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, RawFd};
@@ -33,6 +34,15 @@ impl FromStr for Source {
                 Ok(fd) if fd > 2 => Ok(Self::Descriptor(fd)),
                 _ => Err(format!("{number:?} is not a descriptor from 3 on")),
             },
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => write!(f, "{}", path.display()),
+            Self::Descriptor(fd) => write!(f, "fd:{fd}"),
         }
     }
 }
@@ -77,6 +87,9 @@ mod tests {
         assert_eq!("fd:3".parse(), Ok(Source::Descriptor(3)));
         for bad in ["fd:", "fd:0", "fd:2", "fd:-1", "fd:x", "fd:99999999999"] {
             assert!(bad.parse::<Source>().is_err(), "{bad}");
+        }
+        for text in ["/a", "fd:3"] {
+            assert_eq!(text.parse::<Source>().unwrap().to_string(), text);
         }
     }
 

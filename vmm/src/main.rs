@@ -5,16 +5,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
-use cofferdam_api::config::DomainConfig;
+use cofferdam_api::config::{DomainConfig, MAX_CONFIG_SIZE};
 use cofferdam_api::status::{Event, ExitReason, Outcome};
 use cofferdam_vmm::descriptor::Source;
 use cofferdam_vmm::phases::PhaseClock;
 use cofferdam_vmm::signals::StopSignals;
 use cofferdam_vmm::status::StatusFile;
 use cofferdam_vmm::{domain, start::StartError};
-
-/// Largest configuration, bytes.
-const MAX_CONFIG: u64 = 1 << 20;
 
 const EXIT_STATUS: &str = "\
 Exit status: 0 or the guest's own code after a power-off; 121 reboot or panic; 122 triple fault or vCPU error;
@@ -99,7 +96,9 @@ fn read_config(source: &Source) -> Result<DomainConfig, StartError> {
     let mut text = Vec::new();
     source
         .open()
-        .and_then(|file| file.take(MAX_CONFIG).read_to_end(&mut text))
-        .map_err(StartError::ConfigFile)?;
-    Ok(DomainConfig::from_json(&text)?)
+        // One byte more shows that it is too large.
+        .and_then(|file| file.take(MAX_CONFIG_SIZE as u64 + 1).read_to_end(&mut text))
+        .map_err(|error| StartError::ConfigFile { file: source.to_string(), error })?;
+    DomainConfig::from_json(&text)
+        .map_err(|error| StartError::BadConfigFile { file: source.to_string(), error })
 }

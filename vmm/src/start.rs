@@ -36,8 +36,23 @@ pub enum StartError {
     #[error("signals: {0}")]
     Signals(#[source] io::Error),
     /// The configuration file cannot be read.
-    #[error("--config-file: {0}")]
-    ConfigFile(#[source] io::Error),
+    #[error("--config-file {file}: {error}")]
+    ConfigFile {
+        /// The file, as it was given.
+        file: String,
+        /// What the host answered.
+        #[source]
+        error: io::Error,
+    },
+    /// The configuration file holds no configuration.
+    #[error("--config-file {file}: {error}")]
+    BadConfigFile {
+        /// The file, as it was given.
+        file: String,
+        /// What is wrong, and where.
+        #[source]
+        error: ConfigError,
+    },
     /// The configuration is wrong in itself.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -101,7 +116,8 @@ impl StartError {
     /// What the domain's exit reason is then.
     pub fn reason(&self) -> ExitReason {
         match self {
-            Self::ConfigFile(_)
+            Self::ConfigFile { .. }
+            | Self::BadConfigFile { .. }
             | Self::Config(_)
             | Self::Host(_)
             | Self::Boot(_)
