@@ -180,13 +180,14 @@ impl Resources {
             let block = Block::new(file).map_err(|source| StartError::Block { index, source })?;
             virtio.push(Box::new(block));
         }
-        let console = open_console(&config.serial)?;
         let mut vsock_file = None;
         if let Some(config) = &config.vsock {
             let (listener, file) = vsock::bind(&config.uds_path)?;
             vsock_file = Some(file);
             virtio.push(Box::new(Vsock::new(config.guest_cid, listener, config.uds_path.clone())?));
         }
+        // Last: it may create a file, which nothing takes away again.
+        let console = open_console(&config.serial)?;
         Ok(Self { kvm, boot, virtio, vsock_file, console })
     }
 }
