@@ -31,7 +31,7 @@ unit: deps ## Pure logic, anywhere
 	cargo test --workspace --exclude cofferdam-payloads
 
 payload: build payloads ## The monitor and tiny guests, on any /dev/kvm
-	cargo test -p cofferdam-tests --features payload --test payload
+	cargo test -p cofferdam-tests --features payload --test payload --test bad_input
 
 domain: build ## Linux guests, on hardware KVM or in the rig
 	@cargo xtask domain-tests

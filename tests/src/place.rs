@@ -8,6 +8,14 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent").to_owned()
 }
 
+/// The shipped binary `name`: that of `make build`, or the one in the folder `$COFFERDAM_BIN`.
+fn shipped(name: &str) -> PathBuf {
+    match env::var_os("COFFERDAM_BIN") {
+        Some(folder) => Path::new(&folder).join(name),
+        None => built("x86_64-unknown-linux-musl", name, "make build"),
+    }
+}
+
 fn built(target: &str, name: &str, how: &str) -> PathBuf {
     let target_dir = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     let path = target_dir.join(target).join("release").join(name);
@@ -17,12 +25,12 @@ fn built(target: &str, name: &str, how: &str) -> PathBuf {
 
 /// The `cofferdam` command, as shipped.
 pub fn cofferdam() -> PathBuf {
-    built("x86_64-unknown-linux-musl", "cofferdam", "make build")
+    shipped("cofferdam")
 }
 
 /// The monitor, as shipped.
 pub fn monitor() -> PathBuf {
-    built("x86_64-unknown-linux-musl", "cofferdam-vmm", "make build")
+    shipped("cofferdam-vmm")
 }
 
 /// The helper program that Linux guests run.

@@ -18,13 +18,23 @@ const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A `cofferdam run --json` to be.
 pub struct Run {
+    wrapper: Vec<OsString>,
     arguments: Vec<OsString>,
 }
 
 impl Run {
     /// Runs `kernel`.
     pub fn new(kernel: impl AsRef<Path>) -> Self {
-        Self { arguments: ["run".into(), "--json".into(), "--kernel".into(), kernel.as_ref().into()].into() }
+        Self {
+            wrapper: Vec::new(),
+            arguments: ["run".into(), "--json".into(), "--kernel".into(), kernel.as_ref().into()].into(),
+        }
+    }
+
+    /// Has `wrapper` start the command: a program and its arguments, to which those of the command are added.
+    pub fn wrapped(mut self, wrapper: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
+        self.wrapper.extend(wrapper.into_iter().map(Into::into));
+        self
     }
 
     /// Adds `--NAME VALUE`.
@@ -43,8 +53,9 @@ impl Run {
 
     /// Starts it.
     pub fn start(self) -> Running {
-        let mut child = Command::new(place::cofferdam())
-            .args(&self.arguments)
+        let mut words = self.wrapper.into_iter().chain([place::cofferdam().into()]).chain(self.arguments);
+        let mut child = Command::new(words.next().expect("there is the command at least"))
+            .args(words)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
