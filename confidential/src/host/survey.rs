@@ -92,12 +92,12 @@ impl Survey {
         };
         checks.extend(CAPABILITIES.iter().map(|&needed| {
             let error = HostError::MissingCapability(needed);
-            let ok = extension(kvm, needed.number) > 0;
-            Check {
-                name: needed.name,
-                ok,
-                reason: if ok { needed.purpose.to_owned() } else { format!("missing: {}", needed.purpose) },
-                remedy: (!ok).then(|| if kvm.is_some() { error.remedy() } else { NEEDS_KVM.to_owned() }),
+            if kvm.is_none() {
+                return Check::no(needed.name, NOT_ASKED, NEEDS_KVM);
+            }
+            match extension(kvm, needed.number) {
+                1.. => Check::yes(needed.name, needed.purpose),
+                _ => Check::no(needed.name, format!("missing: {}", needed.purpose), error.remedy()),
             }
         }));
         let plain = checks.iter().skip(1).all(|check| check.ok);
@@ -113,6 +113,7 @@ impl Survey {
 }
 
 const NEEDS_KVM: &str = "KVM itself first";
+const NOT_ASKED: &str = "unknown, as KVM cannot be asked";
 
 /// The value of a capability, and 0 without KVM.
 fn extension(kvm: Option<&dyn KvmInterface>, capability: u32) -> i32 {
@@ -159,6 +160,9 @@ fn guest_memfd(kvm: Option<&dyn KvmInterface>) -> Check {
     if extension(kvm, kvm::KVM_CAP_GUEST_MEMFD) > 0 {
         return Check::yes(name, "memory that only a guest can map");
     }
+    if kvm.is_none() {
+        return Check::no(name, NOT_ASKED, NEEDS_KVM);
+    }
     Check::no(
         name,
         "KVM lacks KVM_CAP_GUEST_MEMFD (confidential domains need it)",
@@ -170,6 +174,9 @@ fn memory_attributes(kvm: Option<&dyn KvmInterface>) -> Check {
     let name = "memory_attributes";
     if extension(kvm, kvm::KVM_CAP_MEMORY_ATTRIBUTES) & ATTRIBUTE_PRIVATE != 0 {
         return Check::yes(name, "pages can be made private");
+    }
+    if kvm.is_none() {
+        return Check::no(name, NOT_ASKED, NEEDS_KVM);
     }
     Check::no(
         name,
@@ -332,6 +339,9 @@ mod tests {
             );
         }
         assert_eq!(find(&survey, "kvm").reason, "/dev/kvm: there is no such device");
+        for unknown in ["KVM_CAP_IRQFD", "guest_memfd", "memory_attributes"] {
+            assert_eq!(find(&survey, unknown).reason, "unknown, as KVM cannot be asked");
+        }
     }
 
     #[test]
