@@ -1,4 +1,5 @@
-//! Kernel files made byte by byte, good but for what a test changes in them.
+//! Kernel files made byte by byte, good but for what a test changes in them. Started nevertheless, they end in a triple
+//! fault.
 
 /// A segment of an ELF file: what is loaded where.
 pub struct Segment {
@@ -20,7 +21,10 @@ impl Segment {
 const ELF_HEADER: u64 = 64;
 const PROGRAM_HEADER: u64 = 56;
 
-/// An ELF file that is entered at the first byte of the first segment and halts there.
+/// `ud2`, an invalid instruction.
+const CODE: [u8; 2] = [0x0f, 0x0b];
+
+/// An ELF file that is entered at the first byte of the first segment.
 pub fn elf(segments: &[Segment]) -> Vec<u8> {
     let entry = segments.first().map_or(0, |segment| segment.address);
     let count = segments.len() as u64;
@@ -37,7 +41,9 @@ pub fn elf(segments: &[Segment]) -> Vec<u8> {
         put(&mut file, 8, [offset, address, address, file_size, memory_size, 4096]);
         offset += file_size;
     }
-    file.resize(usize::try_from(offset).expect("a small file"), 0xf4); // hlt
+    let length = usize::try_from(offset).expect("a small file");
+    let code = CODE.into_iter().cycle().take(length - file.len());
+    file.extend(code);
     file
 }
 
@@ -52,10 +58,10 @@ pub fn loaded_end(elf: &[u8]) -> usize {
 /// First byte after the setup code of [`bz_image`].
 pub const BZ_IMAGE_CODE: usize = 0x600;
 
-/// A bzImage of boot protocol 2.15 that runs at 16 MiB, in 4 MiB, and halts there.
+/// A bzImage of boot protocol 2.15 that runs at 16 MiB, in 4 MiB.
 pub fn bz_image() -> Vec<u8> {
     let mut file = vec![0; BZ_IMAGE_CODE];
-    file.resize(BZ_IMAGE_CODE + 4096, 0xf4);
+    file.extend(CODE.repeat(4096 / CODE.len()));
     let fields: [(usize, usize, u64); 15] = [
         (0x1f1, 1, 2),           // setup_sects
         (0x1f4, 4, 4096 / 16),   // syssize
