@@ -9,12 +9,14 @@
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
+use std::io;
 use std::marker::PhantomData;
 use std::ptr::{addr_of_mut, null_mut};
+use std::sync::atomic::{Ordering, compiler_fence};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::VcpuFd;
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 thread_local! {
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(null_mut()) };
@@ -28,9 +30,11 @@ extern "C" fn on_kick(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
     }
 }
 
-/// Installs the handler; once per process, before the first vCPU thread.
-pub fn install() -> std::io::Result<()> {
-    register_signal_handler(SIGRTMIN(), on_kick).map_err(Into::into)
+/// Installs the handler, and unblocks its signal on this thread and so on all that it starts: whoever started
+/// the monitor may have blocked it. To be called before the first vCPU thread is started.
+pub fn install() -> io::Result<()> {
+    register_signal_handler(SIGRTMIN(), on_kick)?;
+    unblock_signal(SIGRTMIN()).map_err(|error| io::Error::other(format!("{error:?}")))
 }
 
 /// Kicks the vCPU of `thread`.
@@ -58,9 +62,11 @@ impl Kickable {
         &mut self.vcpu
     }
 
-    /// Forgets a kick that has been noticed.
+    /// Forgets a kick that has been noticed. What the thread reads after this is not read before.
     pub fn clear(&mut self) {
         self.vcpu.set_kvm_immediate_exit(0);
+        // The handler runs on this very thread, so it is enough that the compiler keeps the order.
+        compiler_fence(Ordering::SeqCst);
     }
 }
 

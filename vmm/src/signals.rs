@@ -6,9 +6,10 @@ use std::io::{self, Read};
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 
-use vmm_sys_util::signal::{block_signal, create_sigset};
+use vmm_sys_util::signal::create_sigset;
 
-/// What asks for an orderly stop.
+/// What asks for an orderly stop. One that whoever started the monitor had set to be ignored, as nohup(1)
+/// does, stays ignored.
 const STOP_SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 
 /// Arrivals of the stop signals.
@@ -18,10 +19,13 @@ impl StopSignals {
     /// Blocks the stop signals on this thread, and so on all that it starts, and ignores `SIGPIPE`: a reader
     /// that went away is an error of the write. To be called before the first thread is started.
     pub fn new() -> io::Result<Self> {
-        for signal in STOP_SIGNALS {
-            block_signal(signal).map_err(|error| io::Error::other(format!("{error:?}")))?;
+        let signals: Vec<i32> = STOP_SIGNALS.into_iter().filter(|signal| !is_ignored(*signal)).collect();
+        let set = create_sigset(&signals)?;
+        // SAFETY: `set` lives through the call, and nobody wants to know the old mask.
+        match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) } {
+            0 => {}
+            error => return Err(io::Error::from_raw_os_error(error)),
         }
-        let set = create_sigset(&STOP_SIGNALS)?;
         // SAFETY: ignoring a signal installs no handler.
         unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
         // SAFETY: `set` lives through the call, which makes a new descriptor.
@@ -44,8 +48,45 @@ impl StopSignals {
     }
 }
 
+/// A blocked signal is queued even while it is ignored, so those have to be left out.
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: a sigaction of zeros is a valid one.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: without a new action this only writes the present one to `action`.
+    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) };
+    asked == 0 && action.sa_sigaction == libc::SIG_IGN
+}
+
 impl AsRawFd for StopSignals {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Sends `signal` to this thread, and to no other one of this process.
+    pub fn raise(signal: i32) {
+        // SAFETY: the signals of these tests are blocked or ignored on this thread.
+        assert_eq!(unsafe { libc::raise(signal) }, 0);
+    }
+
+    #[test]
+    fn signals_that_were_blocked_already_are_no_error() {
+        StopSignals::new().unwrap();
+        let signals = StopSignals::new().unwrap();
+        raise(libc::SIGTERM);
+        assert_eq!(signals.take(), 1);
+    }
+
+    #[test]
+    fn signals_are_kept_until_they_are_taken() {
+        let signals = StopSignals::new().unwrap();
+        assert_eq!(signals.take(), 0);
+        STOP_SIGNALS.into_iter().for_each(raise);
+        assert_eq!(signals.take(), STOP_SIGNALS.len());
+        assert_eq!(signals.take(), 0);
     }
 }
