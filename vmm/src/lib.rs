@@ -7,7 +7,7 @@
 //! | [`domain`] | the order of a launch, the event loop, the end |
 //! | [`memory`], [`boot`], [`arch`] | guest memory, what is in it at entry, registers |
 //! | [`board`] | which device is where |
-//! | [`vcpu`], [`gate`], [`kick`] | vCPU threads, and how they are held and stopped |
+//! | [`vcpu`], [`exit`], [`gate`], [`kick`] | vCPU threads, what they exit with, how they are held and stopped |
 //! | [`control`], [`supervisor`] | what is known and wanted of a running domain; its lifecycle |
 //! | [`phases`], [`status`], [`signals`], [`descriptor`] | the world around the monitor |
 
@@ -17,6 +17,7 @@ pub mod boot;
 pub mod control;
 pub mod descriptor;
 pub mod domain;
+pub mod exit;
 pub mod gate;
 pub mod kick;
 pub mod memory;

@@ -9,6 +9,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::board::Buses;
 use crate::control::Control;
+use crate::exit;
 use crate::gate::Gate;
 use crate::kick::{self, Kickable};
 
@@ -98,8 +99,7 @@ enum Stop {
 fn run_once(vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), Stop> {
     let broken = |what: String| Err(Stop::Ended(ExitReason::VcpuError, what));
     match vcpu.run() {
-        Ok(VcpuExit::IoOut(port, data)) => shared.buses.ports.write(u64::from(port), data),
-        Ok(VcpuExit::IoIn(port, data)) => shared.buses.ports.read(u64::from(port), data),
+        Ok(VcpuExit::IoOut(..) | VcpuExit::IoIn(..)) => exit::serve_ports(vcpu, &shared.buses.ports),
         Ok(VcpuExit::MmioWrite(address, data)) => shared.buses.mmio.write(address, data),
         Ok(VcpuExit::MmioRead(address, data)) => shared.buses.mmio.read(address, data),
         Ok(VcpuExit::Intr) => return Err(Stop::Kicked),
@@ -109,14 +109,22 @@ fn run_once(vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), Stop> {
         Ok(VcpuExit::FailEntry(reason, cpu)) => {
             return broken(format!("KVM cannot enter the guest: hardware reason {reason:#x} on CPU {cpu}"));
         }
-        Ok(VcpuExit::InternalError) => {
-            return broken("KVM internal error (an instruction that it cannot emulate?)".to_owned());
+        Ok(VcpuExit::InternalError) => return broken(exit::internal_error(vcpu)),
+        Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
+            return broken(format!("no host memory behind {gpa:#x}, {size} bytes (flags {flags:#x})"));
+        }
+        Ok(VcpuExit::SystemEvent(kind, data)) => {
+            return broken(format!("system event {kind} ({}), data {data:x?}", exit::system_event(kind)));
         }
         Ok(exit) => return broken(format!("unexpected exit {exit:?}")),
         Err(error) => match error.errno() {
+            // A vCPU that waits for the guest to start it waits inside KVM, which then answers EAGAIN.
             libc::EINTR | libc::EAGAIN => return Err(Stop::Kicked),
             _ => return broken(format!("KVM_RUN: {error}")),
         },
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
