@@ -97,7 +97,7 @@ fn a_killed_monitor_is_noticed_and_cleaned_up_after() {
 fn a_killed_command_takes_its_domain_along() {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("v.sock");
-    let running = payload("spin").with("vsock", &socket).start();
+    let running = payload("spin").with("vsock", &socket).with("stop-timeout", "200ms").start();
     running.wait_for_message("not protected");
     let monitor = running.monitor_pid();
     running.signal(Signal::KILL);

@@ -3,18 +3,19 @@
 //! ```text
 //! running ──(pause)──▶ paused ──(resume)──▶ running
 //!    │ a reason is noted: the guest powered off, rebooted, panicked, a vCPU failed,
-//!    │ a second stop signal, the deadline after the first one, the client is gone
+//!    │ a second stop signal, the deadline after the first one
 //!    ▼
 //! stopped(reason)
 //! ```
 //!
-//! The first stop signal presses the power button and sets a deadline. A guest
-//! that says it panicked gets a moment to print and to reboot by itself.
+//! The first stop signal presses the power button and sets a deadline; the end of
+//! the client does the same, once, as nobody is left to ask for it. A guest that
+//! says it panicked gets a moment to print and to reboot by itself.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cofferdam_api::status::ExitReason;
 use cofferdam_devices::platform::power::PowerButton;
@@ -44,11 +45,18 @@ pub struct Supervisor {
     /// The writing end of the status pipe: an error on it means that the reader is gone.
     client: Option<File>,
     timer: TimerFd,
-    /// What happens when the timer expires.
-    at_deadline: Option<(ExitReason, String)>,
+    deadline: Option<Deadline>,
     stop_asked: bool,
     paused: bool,
+    panicked: bool,
     stopped: Option<(ExitReason, String)>,
+}
+
+/// What happens to a domain that has not ended by itself until then.
+struct Deadline {
+    at: Instant,
+    reason: ExitReason,
+    message: String,
 }
 
 impl Supervisor {
@@ -69,9 +77,10 @@ impl Supervisor {
             stop_timeout,
             client,
             timer: TimerFd::new()?,
-            at_deadline: None,
+            deadline: None,
             stop_asked: false,
             paused: false,
+            panicked: false,
             stopped: None,
         })
     }
@@ -94,7 +103,8 @@ impl Supervisor {
     /// Acts on what was noted.
     fn look(&mut self) {
         let notes = self.control.notes();
-        if notes.panicked {
+        if notes.panicked && !self.panicked {
+            self.panicked = true;
             self.set_deadline(PANIC_GRACE, ExitReason::Panic, "the guest's kernel panicked".to_owned());
         }
         if notes.paused != self.paused {
@@ -126,22 +136,31 @@ impl Supervisor {
         self.set_deadline(self.stop_timeout, ExitReason::Stopped, message);
     }
 
-    /// Sets the deadline, unless one is set.
+    /// The client is gone. Who had asked for a stop before it went gets no second one.
+    fn client_gone(&mut self) {
+        warn!("whoever started the domain is gone");
+        if !self.stop_asked {
+            self.stop_signal();
+        }
+    }
+
+    /// Sets the deadline, unless there is an earlier one.
     fn set_deadline(&mut self, after: Duration, reason: ExitReason, message: String) {
-        if self.at_deadline.is_some() {
+        let at = Instant::now() + after;
+        if self.deadline.as_ref().is_some_and(|deadline| deadline.at <= at) {
             return;
         }
         match self.timer.reset(after, None) {
-            Ok(()) => self.at_deadline = Some((reason, message)),
+            Ok(()) => self.deadline = Some(Deadline { at, reason, message }),
             Err(error) => self.control.stop(reason, format!("{message} (no timer: {error})")),
         }
     }
 
+    /// The timer has expired, unless it was set anew meanwhile: reading it would then block.
     fn deadline(&mut self) {
-        if self.timer.wait().is_ok()
-            && let Some((reason, message)) = self.at_deadline.take()
-        {
-            self.control.stop(reason, message);
+        if let Some(deadline) = self.deadline.take_if(|deadline| deadline.at <= Instant::now()) {
+            let _ = self.timer.wait();
+            self.control.stop(deadline.reason, deadline.message);
         }
     }
 }
@@ -181,9 +200,12 @@ impl MutEventSubscriber for Supervisor {
                 if let Some(client) = self.client.take() {
                     let _ = ops.remove(Events::empty_raw(client.as_raw_fd()));
                 }
-                self.control.stop(ExitReason::Stopped, "whoever started the domain is gone".to_owned());
+                self.client_gone();
             }
         }
         self.look();
     }
 }
+
+#[cfg(test)]
+mod tests;
