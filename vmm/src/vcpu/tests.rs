@@ -171,10 +171,13 @@ fn a_vcpu_that_was_not_started_takes_no_time() {
     guest.end();
 }
 
+/// Offset and data.
+type Write = (u64, Vec<u8>);
+
 /// Counts up at each read, and hands over each write.
 struct Device {
     reads: Mutex<Vec<usize>>,
-    writes: mpsc::Sender<(u64, Vec<u8>)>,
+    writes: mpsc::Sender<Write>,
 }
 
 impl BusDevice for Device {
@@ -189,7 +192,7 @@ impl BusDevice for Device {
     }
 }
 
-fn device_at(base: u64) -> (Buses, Arc<Device>, Receiver<(u64, Vec<u8>)>) {
+fn device_at(base: u64) -> (Buses, Arc<Device>, Receiver<Write>) {
     let (writes, written) = mpsc::channel();
     let device = Arc::new(Device { reads: Mutex::default(), writes });
     let mut buses = Buses::default();
