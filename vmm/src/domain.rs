@@ -6,6 +6,7 @@
 //! ioeventfd take 1 µs at any time; the first `KVM_GET_SUPPORTED_CPUID` takes
 //! 0.6 ms. `phases` of the outcome show where the time went.
 
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use cofferdam_confidential::plain::Plain;
 use cofferdam_confidential::{Launch, Launched, Platform};
 use cofferdam_firmware::{acpi, layout};
 use event_manager::SubscriberOps;
+use tracing::warn;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::arch::{self, CpuTemplate};
@@ -56,6 +58,9 @@ pub fn run(
 
     let mut events = EventLoop::new().map_err(internal("event loop"))?;
     board.register(&mut events);
+    if signals.take() > 0 {
+        return Err(StartError::Stopped("a signal"));
+    }
     let shared = Shared { buses, control: control.clone(), gate: Gate::default() };
     let vcpus = Vcpus::start(launched.vcpus, Arc::new(shared)).map_err(internal("vCPU threads"))?;
     let supervisor = Supervisor::new(
@@ -70,8 +75,13 @@ pub fn run(
     let supervisor = Arc::new(Mutex::new(supervisor));
     events.add_subscriber(supervisor.clone());
 
-    // A client that cannot be told is gone, which the supervisor notices.
-    let _ = status.write(&Event::Running { platform, protected });
+    match status.write(&Event::Running { platform, protected }) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+            return Err(StartError::Stopped("the end of whoever started it"));
+        }
+        Err(error) => warn!("--status-file: {error}"),
+        Ok(()) => {}
+    }
     clock.reached("running");
     lock(&supervisor).start();
     while lock(&supervisor).stopped().is_none() {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use clap::Parser;
 use cofferdam_api::config::{DomainConfig, MAX_CONFIG_SIZE};
 use cofferdam_api::status::{Event, ExitReason, Outcome};
+use cofferdam_api::validate::check_id;
 use cofferdam_vmm::descriptor::Source;
 use cofferdam_vmm::phases::PhaseClock;
 use cofferdam_vmm::signals::StopSignals;
@@ -27,7 +28,7 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     config_file: Source,
     /// Where to write what becomes of the domain, one JSON object per line: a path, or fd:N. When it is a
-    /// pipe and its reader goes away, the domain is stopped
+    /// pipe and its reader goes away, the domain's power button is pressed as for a signal
     #[arg(long, value_name = "FILE")]
     status_file: Option<Source>,
     /// Name of the domain, for messages
@@ -54,6 +55,8 @@ fn main() -> ExitCode {
         .with_max_level(arguments.level)
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
+        // They would be printed by a macro that panics when standard error is a pipe without a reader.
+        .log_internal_errors(false)
         .init();
     let clock = Arc::new(PhaseClock::new(arguments.start_time_us));
     clock.reached("monitor");
@@ -78,11 +81,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, clock: &Arc<PhaseClock>, status: &mut StatusFile) -> Outcome {
-    let started = StopSignals::new()
-        .map_err(StartError::Signals)
-        .and_then(|signals| Ok((signals, read_config(&arguments.config_file)?)))
-        .and_then(|(signals, config)| domain::run(&config, signals, clock, status));
-    started.unwrap_or_else(|error| Outcome {
+    start(arguments, clock, status).unwrap_or_else(|error| Outcome {
         platform: None,
         protected: false,
         exit_reason: error.reason(),
@@ -90,6 +89,19 @@ fn run(arguments: &Arguments, clock: &Arc<PhaseClock>, status: &mut StatusFile) 
         message: error.to_string(),
         phases: clock.phases(),
     })
+}
+
+/// Inherited descriptors are taken over before any other is opened, so that none of ours can be mistaken for
+/// one; and a configuration that is slow to come is waited for while a signal still ends this process.
+fn start(
+    arguments: &Arguments,
+    clock: &Arc<PhaseClock>,
+    status: &mut StatusFile,
+) -> Result<Outcome, StartError> {
+    let config = read_config(&arguments.config_file)?;
+    check_id("--id", &arguments.id)?;
+    let signals = StopSignals::new().map_err(StartError::Signals)?;
+    domain::run(&config, signals, clock, status)
 }
 
 fn read_config(source: &Source) -> Result<DomainConfig, StartError> {

@@ -4,6 +4,7 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use cofferdam_api::config::{self, BootProtocol, CacheType, DomainConfig, IoEngine, SerialMode};
@@ -107,6 +108,9 @@ pub enum StartError {
     /// A device could not be put on the board.
     #[error(transparent)]
     Board(#[from] BoardError),
+    /// It was not wanted any more.
+    #[error("stopped by {0} before it ran")]
+    Stopped(&'static str),
     /// Something of the monitor's own failed.
     #[error("{0}: {1}")]
     Internal(&'static str, String),
@@ -128,6 +132,7 @@ impl StartError {
             | Self::Console { .. }
             | Self::Memory(_) => ExitReason::Config,
             Self::Launch(_) => ExitReason::LaunchRefused,
+            Self::Stopped(_) => ExitReason::Stopped,
             Self::Signals(_) | Self::Vcpu(_) | Self::Board(_) | Self::Internal(..) => {
                 ExitReason::MonitorError
             }
@@ -230,6 +235,8 @@ fn open_console(serial: &config::Serial) -> Result<ConsoleFiles, StartError> {
             let file = OpenOptions::new()
                 .append(true)
                 .create(true)
+                // A pipe without a reader must not hold up the start, when stop signals are not served yet.
+                .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
                 .open(path)
                 .map_err(failed(format!("serial.serial_out_path: {}", path.display())))?;
             Ok(ConsoleFiles { input: None, output: Some(file.into()) })
