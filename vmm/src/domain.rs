@@ -135,6 +135,7 @@ fn launch(
 ) -> Result<(Launched, Board, Buses), StartError> {
     let count = config.machine.vcpu_count;
     let vm = Launch::new(&resources.kvm, platform)?;
+    arch::set_up_vm(vm.vm())?;
     clock.reached("vm_created");
     let memory = memory::map(memory_size(config))?;
     let launch = vm.add_memory(memory.clone())?;

@@ -22,7 +22,7 @@ use cofferdam_firmware::layout::MIB;
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
-use crate::arch::VcpuSetupError;
+use crate::arch::{VcpuSetupError, VmSetupError};
 use crate::board::BoardError;
 use crate::boot::{BootError, BootFiles, BootPlan, Protocol};
 use crate::memory::MemoryError;
@@ -102,6 +102,9 @@ pub enum StartError {
     /// The platform refused.
     #[error("launch refused: {0}")]
     Launch(#[from] LaunchError),
+    /// A setting of the VM was refused.
+    #[error(transparent)]
+    Vm(#[from] VmSetupError),
     /// A vCPU's registers were refused.
     #[error(transparent)]
     Vcpu(#[from] VcpuSetupError),
@@ -133,7 +136,7 @@ impl StartError {
             | Self::Memory(_) => ExitReason::Config,
             Self::Launch(_) => ExitReason::LaunchRefused,
             Self::Stopped(_) => ExitReason::Stopped,
-            Self::Signals(_) | Self::Vcpu(_) | Self::Board(_) | Self::Internal(..) => {
+            Self::Signals(_) | Self::Vm(_) | Self::Vcpu(_) | Self::Board(_) | Self::Internal(..) => {
                 ExitReason::MonitorError
             }
         }

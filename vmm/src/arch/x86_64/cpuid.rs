@@ -5,17 +5,19 @@
 //! `Documentation/virt/kvm/x86/cpuid.rst`.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Cap, Kvm};
 
 /// Leaf 1, ECX: the local APIC timer has a TSC deadline mode. Not part of what KVM lists, but of what its
-/// in-kernel local APIC does (`KVM_CAP_TSC_DEADLINE_TIMER`).
+/// in-kernel local APIC does where `KVM_CAP_TSC_DEADLINE_TIMER` says so.
 const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1, ECX: there is a hypervisor.
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, EDX: the APIC ids field of leaf 1 is meaningful.
 const HYPERTHREADING: u32 = 1 << 28;
-/// Leaf 0x8000_0001, ECX: the core count of leaf 0x8000_0008 is to be used, not threads.
+/// Leaf 0x8000_0001, ECX, AMD: the core count of leaf 0x8000_0008 is to be used, not threads.
 const AMD_LEGACY_MULTICORE: u32 = 1 << 1;
+/// Leaf 0, EBX, EDX and ECX of the processors with AMD's meaning of leaves 0x8000_0001 and 0x8000_0008.
+const AMD_VENDORS: [&[u8; 12]; 2] = [b"AuthenticAMD", b"HygonGenuine"];
 
 /// Level types of leaves 0xB and 0x1F.
 const LEVEL_THREAD: u32 = 1;
@@ -25,13 +27,24 @@ const LEVEL_CORE: u32 = 2;
 pub struct CpuTemplate {
     entries: Vec<kvm_cpuid_entry2>,
     count: u8,
+    amd: bool,
+    tsc_deadline: bool,
 }
 
 impl CpuTemplate {
     /// What KVM supports on this host, for a domain of `count` vCPUs.
     pub fn new(kvm: &Kvm, count: u8) -> Result<Self, kvm_ioctls::Error> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
-        Ok(Self { entries: supported.as_slice().to_vec(), count })
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        Ok(Self::of(supported.as_slice().to_vec(), count, tsc_deadline))
+    }
+
+    fn of(entries: Vec<kvm_cpuid_entry2>, count: u8, tsc_deadline: bool) -> Self {
+        let amd = entries.iter().find(|entry| entry.function == 0).is_some_and(|entry| {
+            let vendor = [entry.ebx, entry.edx, entry.ecx].map(u32::to_le_bytes);
+            AMD_VENDORS.iter().any(|name| name[..] == *vendor.as_flattened())
+        });
+        Self { entries, count, amd, tsc_deadline }
     }
 
     /// CPUID of the vCPU with APIC id `id`. An error means more entries than KVM takes.
@@ -58,7 +71,9 @@ impl CpuTemplate {
         match (entry.function, entry.index) {
             (1, _) => {
                 entry.ebx = entry.ebx & 0xFFFF | u32::from(id) << 24 | (1 << self.id_bits()) << 16;
-                entry.ecx |= TSC_DEADLINE | HYPERVISOR;
+                entry.ecx |= HYPERVISOR;
+                entry.ecx =
+                    if self.tsc_deadline { entry.ecx | TSC_DEADLINE } else { entry.ecx & !TSC_DEADLINE };
                 entry.edx = if count > 1 { entry.edx | HYPERTHREADING } else { entry.edx & !HYPERTHREADING };
             }
             // Deterministic cache parameters, Intel's and AMD's.
@@ -72,9 +87,9 @@ impl CpuTemplate {
             }
             // No performance counters: a domain has no use for the host's.
             (0xA, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-            (0x8000_0001, _) if count > 1 => entry.ecx |= AMD_LEGACY_MULTICORE,
+            (0x8000_0001, _) if self.amd && count > 1 => entry.ecx |= AMD_LEGACY_MULTICORE,
             (0x8000_0001, _) => entry.ecx &= !AMD_LEGACY_MULTICORE,
-            (0x8000_0008, _) => entry.ecx = self.id_bits() << 12 | (count - 1),
+            (0x8000_0008, _) if self.amd => entry.ecx = self.id_bits() << 12 | (count - 1),
             // Extended APIC id; core id, one thread per core; node 0 of 1.
             (0x8000_001E, _) => {
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) = (u32::from(id), u32::from(id), 0, 0);
@@ -112,8 +127,14 @@ mod tests {
     }
 
     fn template(count: u8) -> CpuTemplate {
+        template_of(b"AuthenticAMD", count)
+    }
+
+    fn template_of(vendor: &[u8; 12], count: u8) -> CpuTemplate {
+        let word = |at: usize| u32::from_le_bytes(vendor[at..at + 4].try_into().unwrap());
         // Cache leaves: level 1 data, level 3 unified.
         let entries = vec![
+            kvm_cpuid_entry2 { ebx: word(0), edx: word(4), ecx: word(8), ..entry(0, 0, 0x1F) },
             entry(1, 0, 0),
             entry(4, 0, 1 | 1 << 5),
             entry(4, 3, 3 | 3 << 5),
@@ -124,7 +145,7 @@ mod tests {
             entry(0x8000_0008, 0, 0x3030),
             entry(0x8000_001E, 0, 0),
         ];
-        CpuTemplate { entries, count }
+        CpuTemplate::of(entries, count, true)
     }
 
     fn leaf(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -151,6 +172,24 @@ mod tests {
                 assert_eq!(leaf(&cpuid, 0x8000_0008, 0).ecx, bits << 12 | (n - 1));
                 assert_eq!(leaf(&cpuid, 0x8000_001E, 0).ebx, u32::from(id));
             }
+        }
+    }
+
+    #[test]
+    fn what_only_amd_defines_is_left_alone_elsewhere() {
+        for (vendor, is_amd) in [(b"AuthenticAMD", true), (b"HygonGenuine", true), (b"GenuineIntel", false)] {
+            let cpuid = template_of(vendor, 4).for_vcpu(0).unwrap();
+            assert_eq!(leaf(&cpuid, 0x8000_0001, 0).ecx & AMD_LEGACY_MULTICORE != 0, is_amd);
+            assert_eq!(leaf(&cpuid, 0x8000_0008, 0).ecx != 0, is_amd);
+        }
+    }
+
+    #[test]
+    fn the_deadline_timer_is_there_only_if_kvm_has_it() {
+        for has_it in [true, false] {
+            let entries = vec![kvm_cpuid_entry2 { ecx: TSC_DEADLINE, ..entry(1, 0, 0) }];
+            let cpuid = CpuTemplate::of(entries, 1, has_it).for_vcpu(0).unwrap();
+            assert_eq!(leaf(&cpuid, 1, 0).ecx & TSC_DEADLINE != 0, has_it);
         }
     }
 

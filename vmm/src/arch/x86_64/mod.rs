@@ -2,6 +2,8 @@
 
 mod cpuid;
 mod vcpu;
+mod vm;
 
 pub use cpuid::CpuTemplate;
 pub use vcpu::{VcpuSetupError, set_up};
+pub use vm::{VmSetupError, set_up_vm};
