@@ -7,9 +7,9 @@
 //! ```text
 //! Launch<Created>     VM of the platform's type, capabilities enabled
 //!   .add_memory()     every slot of RAM
-//! Launch<Populated>   pages are imported here
+//! Launch<Populated>
 //!   .create_vcpus()   all of them
-//! Launch<WithVcpus>   registers are set here
+//! Launch<WithVcpus>   pages are filled and registers set here: TDX adds pages through a vCPU
 //!   .finish()         the platform seals the launch
 //! Launched            what runs, and what may be said of it
 //! ```
@@ -23,4 +23,4 @@ pub mod plain;
 pub mod platform;
 
 pub use launch::{Launch, Launched};
-pub use platform::{LaunchError, MemorySlot, Platform};
+pub use platform::{LaunchError, MemorySlot, Platform, choose};

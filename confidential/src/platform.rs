@@ -1,8 +1,13 @@
 //! What a protection platform does differently, in the order a domain meets it.
 
+use std::sync::Arc;
+
+use cofferdam_api::config::PlatformChoice;
 use cofferdam_api::status;
 use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
+
+use crate::plain::Plain;
 
 /// A step of a launch that the host refused.
 #[derive(Debug, Error)]
@@ -35,6 +40,13 @@ pub struct MemorySlot {
     pub length: u64,
     /// Address of the mapping in the monitor; [`crate::Launch`] keeps it mapped.
     pub host_address: u64,
+}
+
+/// The best platform that is allowed and that this monitor drives. Today there is one.
+pub fn choose(choice: PlatformChoice) -> Arc<dyn Platform> {
+    match choice {
+        PlatformChoice::Auto | PlatformChoice::Plain => Arc::new(Plain),
+    }
 }
 
 /// A protection platform.

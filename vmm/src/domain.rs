@@ -10,9 +10,8 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use cofferdam_api::config::{DomainConfig, PlatformChoice};
+use cofferdam_api::config::DomainConfig;
 use cofferdam_api::status::{Event, ExitReason, Outcome};
-use cofferdam_confidential::plain::Plain;
 use cofferdam_confidential::{Launch, Launched, Platform};
 use cofferdam_firmware::{acpi, layout};
 use event_manager::SubscriberOps;
@@ -26,7 +25,7 @@ use crate::gate::Gate;
 use crate::memory;
 use crate::phases::PhaseClock;
 use crate::signals::StopSignals;
-use crate::start::{Resources, StartError, memory_size};
+use crate::start::{Resources, StartError, memory_size, raise_descriptor_limit};
 use crate::status::StatusFile;
 use crate::supervisor::Supervisor;
 use crate::vcpu::{Shared, Vcpus};
@@ -45,8 +44,9 @@ pub fn run(
     status: &mut StatusFile,
 ) -> Result<Outcome, StartError> {
     config.validate()?;
-    let platform = choose_platform(config.confidential.platform);
+    let platform = cofferdam_confidential::choose(config.confidential.platform);
     clock.reached("configured");
+    raise_descriptor_limit();
     let mut resources = Resources::open(config)?;
     let _vsock_file = resources.vsock_file.take();
     clock.reached("opened");
@@ -116,13 +116,6 @@ fn lock(supervisor: &Mutex<Supervisor>) -> std::sync::MutexGuard<'_, Supervisor>
 
 fn internal<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> StartError {
     move |error| StartError::Internal(what, error.to_string())
-}
-
-/// The best platform that is allowed and there. Today there is one.
-fn choose_platform(choice: PlatformChoice) -> Arc<dyn Platform> {
-    match choice {
-        PlatformChoice::Auto | PlatformChoice::Plain => Arc::new(Plain),
-    }
 }
 
 /// From a new VM to one that can run, with its devices.

@@ -20,7 +20,9 @@ use cofferdam_devices::virtio::block::{
 use cofferdam_devices::virtio::vsock::{self, BindError, SocketFile, Vsock, VsockError};
 use cofferdam_firmware::layout::MIB;
 use kvm_ioctls::Kvm;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
+use tracing::warn;
 
 use crate::arch::{VcpuSetupError, VmSetupError};
 use crate::board::BoardError;
@@ -197,6 +199,18 @@ impl Resources {
         // Last: it may create a file, which nothing takes away again.
         let console = open_console(&config.serial)?;
         Ok(Self { kvm, boot, virtio, vsock_file, console })
+    }
+}
+
+/// Raises the limit on open descriptors as far as this process may: each vsock connection is one, and the
+/// limit that a login shell sets is for programs that call select(2).
+pub fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        warn!("the limit on open descriptors stays {:?}: {error}", limit.current);
     }
 }
 

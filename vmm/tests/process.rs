@@ -152,6 +152,28 @@ fn a_client_that_goes_takes_its_domain_along_also_when_nobody_reads_the_log() {
 }
 
 #[test]
+fn the_limit_on_descriptors_is_raised() {
+    let folder = tempfile::tempdir().unwrap();
+    let (reader, writer) = status_pipe();
+    let script = r#"ulimit -S -n 64; exec "$@""#;
+    let mut child = Command::new("sh")
+        .args(["-c", script, "sh", env!("CARGO_BIN_EXE_cofferdam-vmm"), "--config-file"])
+        .arg(config(folder.path(), ""))
+        .args(["--status-file", &format!("fd:{}", writer.as_raw_fd())])
+        .spawn()
+        .unwrap();
+    drop(writer);
+    let mut status = BufReader::new(File::from(reader));
+    assert!(matches!(event(&mut status), Event::Running { .. }));
+    let limits = fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let numbers: Vec<_> = line.split_whitespace().filter(|word| word.parse::<u64>().is_ok()).collect();
+    assert_eq!(numbers[0], numbers[1], "{line}");
+    send(&child, Signal::TERM);
+    assert_eq!(wait(&mut child).code(), Some(143));
+}
+
+#[test]
 fn a_descriptor_that_was_not_inherited_is_refused() {
     for number in 3..6 {
         // Tests beside this one may have left descriptors to be inherited.
