@@ -186,7 +186,7 @@ fn a_descriptor_that_was_not_inherited_is_refused() {
             .unwrap();
         let text = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(125), "{number}: {text}");
-        assert!(text.contains("--config-file: Bad file descriptor"), "{number}: {text}");
+        assert!(text.contains("Bad file descriptor"), "{number}: {text}");
     }
 }
 
