@@ -1,8 +1,8 @@
 //! `test-guest`: what busybox lacks for the domain tests, as one static program.
 #![allow(unsafe_code)] // an accepted socket comes as a number
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,13 +23,6 @@ const KEY_POWER: u16 = 116;
 /// Helpers of the domain tests
 #[derive(Parser)]
 enum Command {
-    /// Write VALUE to an I/O port through /dev/port
-    Port {
-        /// The port
-        port: u16,
-        /// The byte
-        value: u8,
-    },
     /// Write the first BYTES of a test stream
     Pattern(Stream),
     /// Check that standard input is the first BYTES of a test stream
@@ -72,7 +65,6 @@ enum Service {
 
 fn main() -> ExitCode {
     let done = match Command::parse() {
-        Command::Port { port, value } => write_port(port, value),
         Command::Pattern(s) => cofferdam_test_guest::write(io::stdout().lock(), s.bytes, s.seed),
         Command::Check(s) => cofferdam_test_guest::check(io::stdin().lock(), s.bytes, s.seed),
         Command::Listen(vsock) => accepted(vsock.port).and_then(|stream| serve(stream, &vsock.service)),
@@ -86,12 +78,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-fn write_port(port: u16, value: u8) -> io::Result<()> {
-    let mut ports = OpenOptions::new().write(true).open("/dev/port")?;
-    ports.seek(SeekFrom::Start(port.into()))?;
-    ports.write_all(&[value])
 }
 
 fn stream_socket() -> io::Result<OwnedFd> {

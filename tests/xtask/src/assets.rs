@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::apt::Apt;
 use crate::cache::Cache;
@@ -11,6 +11,9 @@ use crate::initramfs::InitramfsBuilder;
 use crate::kernel::{self, Flavour, Kernel};
 use crate::modules::ModuleTree;
 use crate::{Error, emulator};
+
+/// The variable that hands fetched assets on to a process in the rig, which cannot fetch.
+pub const ENVIRONMENT: &str = "COFFERDAM_ASSETS";
 
 /// Modules that guests may want, as far as they are not built in.
 pub const GUEST_MODULES: [&str; 8] = [
@@ -36,7 +39,7 @@ struct Contents {
 const GUEST: Contents = Contents {
     name: "guest-initrd",
     init: include_bytes!("guest-init"),
-    applets: &["sh", "mount", "dd", "printf", "cat", "insmod", "uname", "echo", "poweroff"],
+    applets: &["sh", "mount", "devmem", "cat", "insmod", "uname", "echo", "poweroff"],
     modules: &GUEST_MODULES,
 };
 
@@ -65,7 +68,7 @@ const RIG: Contents = Contents {
 };
 
 /// Paths of everything that tests need and the repository does not hold.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Assets {
     /// Debian's cloud kernel, a bzImage.
     pub guest_kernel: PathBuf,
@@ -105,6 +108,11 @@ impl Assets {
             firmware: emulator::firmware(&cache)?,
             busybox,
         })
+    }
+
+    /// What whoever started this process fetched, and named as JSON in [`ENVIRONMENT`].
+    pub fn from_environment() -> Option<Self> {
+        serde_json::from_str(&std::env::var(ENVIRONMENT).ok()?).ok()
     }
 
     /// Names and paths, for a listing.

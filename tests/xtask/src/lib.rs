@@ -5,6 +5,7 @@
 //!   and builds the initial RAM disks, without installing anything for good.
 //! - [`rig`] runs one command inside an emulated machine that has hardware
 //!   virtualisation, so that KVM guests run where the CPU offers none.
+//! - [`linux`] runs the domain tier and `make run`, there or on hardware KVM.
 //! - [`initramfs`] writes the initial RAM disks; domain tests use it for their
 //!   own.
 //!
@@ -20,6 +21,7 @@ pub mod error;
 pub mod frame;
 pub mod initramfs;
 pub mod kernel;
+pub mod linux;
 pub mod machine;
 pub mod modules;
 pub mod rig;

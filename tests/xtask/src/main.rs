@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use xtask::assets::Assets;
+use xtask::linux;
 use xtask::rig::{self, Request, RigError};
 
 /// Developer tasks of Cofferdam.
@@ -28,6 +29,13 @@ enum Task {
     },
     /// Run a command in an emulated machine with hardware virtualisation (AMD SVM)
     Rig(RigArguments),
+    /// Run the tests that boot Linux in domains: on hardware KVM, else in the rig
+    DomainTests {
+        /// Only tests whose names contain one of these
+        filter: Vec<String>,
+    },
+    /// Boot a Debian guest that prints its kernel version and a file from its disk: on hardware KVM, else in the rig
+    Demo,
     /// Exit with 0 if this machine's own CPU can run guests, else with 1
     HasKvm,
     /// The rig's side inside the outer machine
@@ -76,6 +84,8 @@ fn main() -> ExitCode {
     match Arguments::parse().task {
         Task::Assets { json } => report(assets(json), 1),
         Task::Rig(arguments) => rig(arguments),
+        Task::DomainTests { filter } => exit(linux::domain_tests(&filter)),
+        Task::Demo => exit(linux::demo()),
         Task::HasKvm => has_kvm(),
         Task::Agent => report(xtask::agent::run(), 1),
     }
@@ -130,9 +140,14 @@ fn rig(arguments: RigArguments) -> ExitCode {
         timeout: Duration::from_secs(arguments.timeout),
         console: arguments.console,
     };
-    let result = Assets::fetch()
-        .map_err(RigError::from)
-        .and_then(|assets| rig::run(&assets, &request, &mut io::stdout(), &mut io::stderr()));
+    exit(
+        Assets::fetch()
+            .map_err(RigError::from)
+            .and_then(|assets| rig::run(&assets, &request, &mut io::stdout(), &mut io::stderr())),
+    )
+}
+
+fn exit(result: Result<u8, RigError>) -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error @ RigError::Timeout { .. }) => report(Err(error), TIMED_OUT),

@@ -1,1 +1,0 @@
-//! The domain tier: Linux guests, on hardware KVM or in the rig.

@@ -1,0 +1,133 @@
+//! What runs Linux guests: the domain tier of the tests, and `make run`. On
+//! hardware KVM they run directly, elsewhere in the rig.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::Error;
+use crate::assets::{self, Assets, GUEST_MODULES};
+use crate::initramfs::InitramfsBuilder;
+use crate::modules::ModuleTree;
+use crate::rig::{self, Request, RigError};
+use crate::tool::{self, progress};
+
+/// How long the domain tier may take. Its budget is 12 minutes on an idle machine.
+const TIER_TIMEOUT: Duration = Duration::from_secs(40 * 60);
+const DEMO_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+
+const DEMO_INIT: &[u8] = include_bytes!("demo-init");
+const DEMO_APPLETS: [&str; 10] =
+    ["sh", "mount", "devmem", "cat", "insmod", "uname", "echo", "mkdir", "nproc", "poweroff"];
+const DEMO_FILE: &str = "hello from a file on a disk image";
+
+/// Builds the domain tests and runs those whose names contain `filter` (all of them if empty). Returns the exit
+/// status of the tests.
+pub fn domain_tests(filter: &[String]) -> Result<u8, RigError> {
+    let assets = Assets::fetch()?;
+    progress("building the domain tests");
+    let program = test_program()?;
+    let mut command = vec![program.into(), "--test-threads=1".into()];
+    command.extend(filter.iter().map(OsString::from));
+    run(&assets, command, TIER_TIMEOUT)
+}
+
+/// Boots a Debian guest that prints its kernel's version and a file from its disk. Returns the exit status of
+/// `cofferdam run`.
+pub fn demo() -> Result<u8, RigError> {
+    let assets = Assets::fetch()?;
+    let directory = tempfile::tempdir().map_err(Error::file("create", std::env::temp_dir()))?;
+    let (initrd, disk) = demo_files(&assets, directory.path())?;
+    let mut drive = OsString::from("path=");
+    drive.push(&disk);
+    drive.push(",ro,id=data");
+    let command: Vec<OsString> = vec![
+        "target/x86_64-unknown-linux-musl/release/cofferdam".into(),
+        "run".into(),
+        "--kernel".into(),
+        assets.guest_kernel.clone().into(),
+        "--initrd".into(),
+        initrd.into(),
+        "--cmdline".into(),
+        "console=ttyS0 reboot=a panic=-1 quiet".into(),
+        "--cpus".into(),
+        "2".into(),
+        "--memory".into(),
+        "256M".into(),
+        "--drive".into(),
+        drive,
+    ];
+    let words: Vec<String> = command.iter().map(|word| tool::quote(word)).collect();
+    progress(format_args!("the command, as you would type it: {}", words.join(" ")));
+    run(&assets, command, DEMO_TIMEOUT)
+}
+
+/// Runs a command that boots Linux guests, where they run.
+fn run(assets: &Assets, command: Vec<OsString>, timeout: Duration) -> Result<u8, RigError> {
+    let handed_on = (assets::ENVIRONMENT.into(), serde_json::json!(assets).to_string().into());
+    if crate::hardware_kvm() {
+        progress("running on this machine's own KVM");
+        return Ok(directly(&command, handed_on)?);
+    }
+    progress("this CPU offers no virtualisation: running in the rig, an emulated machine (slow)");
+    let mut environment = rig::default_environment();
+    environment.push(handed_on);
+    let request =
+        Request { command, environment, shares: Vec::new(), memory: 4096, cpus: 2, timeout, console: None };
+    rig::run(assets, &request, &mut io::stdout(), &mut io::stderr())
+}
+
+fn directly(command: &[OsString], (name, value): (OsString, OsString)) -> Result<u8, Error> {
+    let Some((program, arguments)) = command.split_first() else { return Ok(0) };
+    let status = Command::new(program)
+        .args(arguments)
+        .env(name, value)
+        .status()
+        .map_err(|source| Error::Start { program: program.to_string_lossy().into_owned(), source })?;
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+}
+
+/// Builds the test program of the domain tier, and asks cargo where it is.
+fn test_program() -> Result<PathBuf, Error> {
+    let mut cargo = Command::new("cargo");
+    cargo.args([
+        "test",
+        "--quiet",
+        "-p",
+        "cofferdam-tests",
+        "--features",
+        "domain",
+        "--test",
+        "domain",
+        "--no-run",
+    ]);
+    cargo.arg("--message-format=json");
+    let output = tool::run(&mut cargo)?;
+    String::from_utf8_lossy(&output)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter(|message| message["target"]["name"] == "domain")
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .ok_or_else(|| Error::Unavailable {
+            what: "the program of the domain tests".to_owned(),
+            reason: "cargo does not name it in its messages".to_owned(),
+        })
+}
+
+fn demo_files(assets: &Assets, directory: &Path) -> Result<(PathBuf, PathBuf), Error> {
+    let (initrd, disk, content) =
+        (directory.join("initrd"), directory.join("disk.img"), directory.join("content"));
+    let modules = ModuleTree::open(&assets.guest_modules)?.resolve(&GUEST_MODULES)?;
+    let mut image = InitramfsBuilder::new();
+    image.busybox(&assets.busybox, &DEMO_APPLETS)?.file("init", 0o755, DEMO_INIT).modules(&modules);
+    fs::write(&initrd, image.build()).map_err(Error::file("write", &initrd))?;
+    fs::create_dir(&content).map_err(Error::file("create", &content))?;
+    let file = content.join("hello.txt");
+    fs::write(&file, DEMO_FILE).map_err(Error::file("write", &file))?;
+    progress("making a disk image with a file on it");
+    tool::run(Command::new("mkfs.ext4").args(["-q", "-d"]).arg(&content).arg(&disk).arg("16M"))?;
+    Ok((initrd, disk))
+}
