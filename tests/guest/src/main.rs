@@ -1,13 +1,14 @@
 //! `test-guest`: what busybox lacks for the domain tests, as one static program.
 #![allow(unsafe_code)] // an accepted socket comes as a number
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::socket::{
     AddressFamily, Backlog, Shutdown, SockFlag, SockType, VsockAddr, accept, bind, connect, listen, shutdown,
     socket,
@@ -31,6 +32,15 @@ enum Command {
     Listen(Vsock),
     /// Connect to the host and serve the connection
     Connect(Vsock),
+    /// Write zeroes to a part of a block device, as the device does it best
+    Zero {
+        /// The device
+        device: PathBuf,
+        /// First byte
+        offset: i64,
+        /// Bytes
+        length: i64,
+    },
     /// Wait until the power button is pressed
     WaitButton {
         /// The input device
@@ -69,6 +79,7 @@ fn main() -> ExitCode {
         Command::Check(s) => cofferdam_test_guest::check(io::stdin().lock(), s.bytes, s.seed),
         Command::Listen(vsock) => accepted(vsock.port).and_then(|stream| serve(stream, &vsock.service)),
         Command::Connect(vsock) => connected(vsock.port).and_then(|stream| serve(stream, &vsock.service)),
+        Command::Zero { device, offset, length } => zero(&device, offset, length),
         Command::WaitButton { device } => wait_for_button(File::open(device)),
     };
     match done {
@@ -120,9 +131,22 @@ fn serve(mut stream: File, service: &Service) -> io::Result<()> {
     Ok(())
 }
 
+/// On a block device this is a write-zeroes request, or a failure.
+fn zero(device: &Path, offset: i64, length: i64) -> io::Result<()> {
+    let device = OpenOptions::new().write(true).open(device)?;
+    fallocate(
+        &device,
+        FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
+        offset,
+        length,
+    )?;
+    device.sync_all()
+}
+
 /// `struct input_event`: 16 bytes of time, then type, code and value.
 fn wait_for_button(device: io::Result<File>) -> io::Result<()> {
     let mut device = device?;
+    println!("waiting for the power button");
     let mut event = [0; 24];
     loop {
         device.read_exact(&mut event)?;

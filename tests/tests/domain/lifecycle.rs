@@ -93,7 +93,7 @@ fn linux_resets_in_every_way_it_knows() {
 fn sigterm_presses_the_power_button() {
     let guest = Guest::new();
     let running = guest.run("button").with("stop-timeout", "60s").start();
-    running.wait_for("guest: waiting");
+    running.wait_for("waiting for the power button");
     running.signal(Signal::TERM);
     let done = running.finish();
     check(&done, ExitReason::Stopped, 143);
