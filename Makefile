@@ -16,7 +16,7 @@ payloads: deps ## The tiny guests of the payload tier
 	cargo build --release --target $(BARE) -p cofferdam-payloads
 
 run: build ## Boot a Debian guest that prints its kernel version and a file from its disk
-	@cargo xtask demo
+	@cargo xtask demo && echo "make run: a Debian guest ran in a domain of its own and powered off"
 
 test: lint unit payload domain ## Every tier
 	@echo "make test: lint, unit, payload and domain tiers passed"

@@ -26,13 +26,20 @@ impl Pattern {
 
 impl Read for Pattern {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        for byte in buffer.iter_mut() {
-            if self.used == 8 {
-                self.word = self.next_word();
-                self.used = 0;
-            }
-            *byte = self.word[self.used];
-            self.used += 1;
+        // What is left of the last word, whole words, the start of one more.
+        let rest = &self.word[self.used..];
+        let (first, others) = buffer.split_at_mut(rest.len().min(buffer.len()));
+        first.copy_from_slice(&rest[..first.len()]);
+        self.used += first.len();
+        let mut words = others.chunks_exact_mut(8);
+        for word in &mut words {
+            word.copy_from_slice(&self.next_word());
+        }
+        let last = words.into_remainder();
+        if !last.is_empty() {
+            self.word = self.next_word();
+            self.used = last.len();
+            last.copy_from_slice(&self.word[..self.used]);
         }
         Ok(buffer.len())
     }
@@ -55,7 +62,8 @@ pub fn check(mut from: impl Read, length: u64, seed: u64) -> io::Result<()> {
             break;
         }
         pattern.read_exact(&mut wanted[..read])?;
-        if let Some(place) = (0..read).find(|&place| got[place] != wanted[place]) {
+        if got[..read] != wanted[..read] {
+            let place = got.iter().zip(&wanted).take_while(|(got, wanted)| got == wanted).count();
             return Err(io::Error::other(format!("byte {} is wrong", at + place as u64)));
         }
         at += read as u64;
@@ -66,6 +74,21 @@ pub fn check(mut from: impl Read, length: u64, seed: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stream_is_the_same_in_pieces_of_any_size() {
+        let mut whole = vec![0; 1000];
+        Pattern::new(3).read_exact(&mut whole).unwrap();
+        let (mut pieces, mut pattern) = (vec![0; 1000], Pattern::new(3));
+        let (mut at, mut size) = (0, 0);
+        while at < pieces.len() {
+            size = (size * 5 + 1) % 23;
+            let end = (at + size).min(pieces.len());
+            pattern.read_exact(&mut pieces[at..end]).unwrap();
+            at = end;
+        }
+        assert_eq!(pieces, whole);
+    }
 
     #[test]
     fn a_stream_checks_itself_and_nothing_else() {
