@@ -248,6 +248,11 @@ impl Progress {
 
     /// The outcome of a monitor that ended without telling one.
     fn without_a_word(&self, exit: io::Result<ExitStatus>, fault: Option<&str>) -> Outcome {
+        let signal = exit.as_ref().ok().and_then(ExitStatus::signal);
+        if self.stop != Stop::No && self.platform.is_none() && signal == Some(Signal::TERM.as_raw()) {
+            // It came before the monitor minded it, when nothing was started.
+            return self.outcome(ExitReason::Stopped, "stopped by a signal before it ran".to_owned());
+        }
         let how = match exit {
             _ if self.killed => "the monitor did not stop in time and was killed".to_owned(),
             Ok(exit) => match (exit.signal(), exit.code()) {
@@ -263,10 +268,14 @@ impl Progress {
             Some(fault) => format!("{how}; its report cannot be read: {fault}"),
             None => how,
         };
+        self.outcome(ExitReason::MonitorError, message)
+    }
+
+    fn outcome(&self, exit_reason: ExitReason, message: String) -> Outcome {
         Outcome {
             platform: self.platform.map(|(platform, _)| platform),
             protected: self.platform.is_some_and(|(_, protected)| protected),
-            exit_reason: ExitReason::MonitorError,
+            exit_reason,
             exit_code: None,
             message,
             phases: Phases::new(),
@@ -306,8 +315,8 @@ mod tests {
     const RUNNING: &str = r#"echo '{"event":"running","platform":"plain","protected":false}' > $status"#;
 
     /// Supervises a script that does not end by itself, with little patience, and asks it to
-    /// stop `ask` times once it runs.
-    fn supervise(lines: &str, ask: usize) -> Ended {
+    /// stop `at_once` times, and `ask` times once it runs.
+    fn supervise(lines: &str, at_once: usize, ask: usize) -> Ended {
         let folder = tempfile::tempdir().unwrap();
         let (text, script) = (folder.path().join("text"), folder.path().join("vmm"));
         std::fs::write(
@@ -328,6 +337,7 @@ mod tests {
         })
         .unwrap();
         let (signals, pipe) = Signals::none();
+        rustix::io::write(&pipe, &[1, 1][..at_once]).unwrap();
         let (status, grace) = (StatusReader::new(pipes.status), Duration::from_millis(100));
         let (keyboard, screen, stop_timeout) = (None, None, Duration::from_millis(1));
         Supervisor { monitor, status, signals, keyboard, screen, stop_timeout, grace }.run(|_, _| {
@@ -338,7 +348,7 @@ mod tests {
     #[test]
     fn a_monitor_that_does_not_stop_is_killed() {
         for asked in [1, 2] {
-            let ended = supervise(&format!("trap '' TERM\n{RUNNING}"), asked);
+            let ended = supervise(&format!("trap '' TERM\n{RUNNING}"), 0, asked);
             assert_eq!(ended.outcome.message, "the monitor did not stop in time and was killed");
             assert_eq!(ended.outcome.exit_reason, ExitReason::MonitorError);
             assert!(!ended.in_order);
@@ -348,8 +358,20 @@ mod tests {
     #[test]
     fn a_monitor_that_stays_after_its_last_word_is_killed() {
         let stopped = r#"echo '{"event":"stopped","platform":null,"protected":false,"exit_reason":"panic","exit_code":null,"message":"m","phases":{}}' > $status"#;
-        let ended = supervise(stopped, 0);
+        let ended = supervise(stopped, 0, 0);
         assert_eq!(ended.outcome.exit_reason, ExitReason::Panic);
         assert!(!ended.in_order);
+    }
+
+    #[test]
+    fn a_request_that_comes_before_the_monitor_minds_it_is_no_error() {
+        let ended = supervise("", 1, 0);
+        assert_eq!(ended.outcome.exit_reason, ExitReason::Stopped);
+        assert_eq!(ended.outcome.message, "stopped by a signal before it ran");
+        assert!(!ended.in_order, "what is left is cleaned up");
+
+        let ended = supervise(RUNNING, 0, 1);
+        assert_eq!(ended.outcome.exit_reason, ExitReason::MonitorError);
+        assert_eq!(ended.outcome.message, "the monitor was killed by signal 15");
     }
 }
