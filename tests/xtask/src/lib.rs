@@ -24,6 +24,7 @@ pub mod kernel;
 pub mod linux;
 pub mod machine;
 pub mod modules;
+pub mod peer;
 pub mod rig;
 pub mod tool;
 
