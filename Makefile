@@ -2,7 +2,7 @@
 MUSL := x86_64-unknown-linux-musl
 BARE := x86_64-unknown-none
 
-.PHONY: all deps build payloads run test lint unit payload domain clean
+.PHONY: all deps build payloads run test lint unit payload domain bench clean
 
 all: build
 
@@ -35,6 +35,10 @@ payload: build payloads ## The monitor and tiny guests, on any /dev/kvm
 
 domain: build ## Linux guests, on hardware KVM or in the rig
 	@cargo xtask domain-tests
+
+bench: build payloads ## Side by side with the floor and with QEMU's microvm: a table, and target/bench.json
+	cargo build --release --target $(MUSL) -p cofferdam-benches
+	@target/$(MUSL)/release/bench
 
 clean:
 	cargo clean

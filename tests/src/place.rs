@@ -42,3 +42,13 @@ pub fn test_guest() -> PathBuf {
 pub fn payload(name: &str) -> PathBuf {
     built("x86_64-unknown-none", name, "make payloads")
 }
+
+/// What Linux guests run to measure their devices.
+pub fn bench_guest() -> PathBuf {
+    built("x86_64-unknown-linux-musl", "bench-guest", "make build")
+}
+
+/// The least that a monitor can do, as a program.
+pub fn floor() -> PathBuf {
+    built("x86_64-unknown-linux-musl", "floor", "make bench")
+}

@@ -1,0 +1,43 @@
+//! `bench`: all comparisons, then their table, and the same in `target/bench.json`. `make bench` runs it.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::{env, fs};
+
+use cofferdam_benches::{Result, guests, progress, report, start_up};
+use cofferdam_tests::place;
+
+/// Numbers of runs: more make the medians steadier, and `make bench` longer.
+const STARTS: usize = 100;
+const BOOTS: usize = 5;
+const DEVICES: usize = 5;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match words.as_slice() {
+        [] => all(),
+        ["start-up"] => start_up::run(STARTS).map(|rows| print!("{}", report::table(&rows))),
+        ["inside", plan] => guests::run_inside(Path::new(plan)),
+        // The rig starts this program as its agent.
+        ["agent"] => xtask::agent::run().map_err(Into::into),
+        _ => Err("usage: bench [start-up]".into()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            progress(error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn all() -> Result<()> {
+    let mut rows = start_up::run(STARTS)?;
+    rows.extend(guests::run(BOOTS, DEVICES)?);
+    let path = place::root().join("target/bench.json");
+    fs::write(&path, serde_json::to_vec_pretty(&rows)?)?;
+    print!("{}", report::table(&rows));
+    progress(format_args!("{} has the same", path.display()));
+    Ok(())
+}

@@ -1,0 +1,163 @@
+//! The monitor's start and life against `floor`, with the payload `first`, whose
+//! first instruction marks user space and whose next powers off.
+//!
+//! Both processes are started alike, with the time before their start at hand,
+//! and both note `CLOCK_MONOTONIC` when the port write arrives. They take turns.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use cofferdam_tests::place;
+use rustix::time::{ClockId, clock_gettime};
+use serde_json::{Value, json};
+
+use crate::report::{Better, Row, Subject};
+use crate::{Result, progress};
+
+/// Memory of the guest, MiB; `floor` has the same.
+const MEMORY: u64 = 128;
+/// What the monitor may take besides guest memory, MiB.
+const MEMORY_LIMIT: f64 = 2.5;
+/// How often the memory is looked at.
+const MEMORY_SAMPLES: usize = 5;
+
+const FIRST_INSTRUCTION: Subject =
+    Subject { name: "start to first guest instruction", unit: "ms", better: Better::Lower, goal: Some(1.5) };
+const WHOLE_LIFE: Subject =
+    Subject { name: "whole process life", unit: "ms", better: Better::Lower, goal: None };
+const PEAK_MEMORY: Subject =
+    Subject { name: "peak memory without guest pages", unit: "MiB", better: Better::Lower, goal: Some(1.0) };
+
+/// Milliseconds of one run.
+struct Times {
+    first_instruction: f64,
+    whole_life: f64,
+}
+
+/// Runs both `rounds` times in turns.
+pub fn run(rounds: usize) -> Result<Vec<Row>> {
+    progress(format_args!("{rounds} starts of the monitor and of floor, in turns"));
+    let directory = tempfile::tempdir_in("/dev/shm")?;
+    let status = directory.path().join("status");
+    let monitor = monitor(directory.path(), "first", &status)?;
+    let floor = place::floor();
+    let mut ours: Vec<Times> = Vec::new();
+    let mut theirs: Vec<Times> = Vec::new();
+    // The first round warms the page cache.
+    for round in 0..=rounds {
+        let mut command = Command::new(&floor);
+        command.arg(place::payload("first")).arg(&status);
+        let reference = measure(&mut command, &status, |last| last.get("user_space"))?;
+        // Phases since 0 are times of the clock.
+        let own = measure(monitor.command().arg("--start-time-us=0"), &status, |last| {
+            last.get("phases")?.get("user_space")
+        })?;
+        if round > 0 {
+            ours.push(own);
+            theirs.push(reference);
+        }
+    }
+    let column = |times: &[Times], of: fn(&Times) -> f64| times.iter().map(of).collect::<Vec<_>>();
+    let mut rows = vec![
+        (FIRST_INSTRUCTION, (|times| times.first_instruction) as fn(&Times) -> f64),
+        (WHOLE_LIFE, |times| times.whole_life),
+    ]
+    .into_iter()
+    .map(|(subject, of)| subject.row(&column(&ours, of), &column(&theirs, of), "floor"))
+    .collect::<Vec<_>>();
+    rows.push(memory(directory.path())?);
+    Ok(rows)
+}
+
+/// How the monitor is started.
+struct Monitor {
+    program: PathBuf,
+    config: PathBuf,
+    status: PathBuf,
+}
+
+impl Monitor {
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.arg("--config-file").arg(&self.config).arg("--status-file").arg(&self.status);
+        command
+    }
+}
+
+fn monitor(directory: &Path, payload: &str, status: &Path) -> Result<Monitor> {
+    let config = directory.join(format!("{payload}.json"));
+    let text = json!({
+        "boot-source": {"kernel_image_path": place::payload(payload)},
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": MEMORY},
+        "serial": {"mode": "None"},
+    });
+    fs::write(&config, text.to_string())?;
+    Ok(Monitor { program: place::monitor(), config, status: status.to_owned() })
+}
+
+/// Runs `command` to its end. `user_space` finds the microsecond of the mark in the last line of its status file.
+fn measure(
+    command: &mut Command,
+    status: &Path,
+    user_space: impl Fn(&Value) -> Option<&Value>,
+) -> Result<Times> {
+    let _ = fs::remove_file(status);
+    command.stdin(Stdio::null());
+    let start = now();
+    let code = command.status()?;
+    let end = now();
+    let text = fs::read_to_string(status)?;
+    let last = serde_json::from_str(text.lines().last().unwrap_or_default())?;
+    let mark = user_space(&last).and_then(Value::as_f64).ok_or("the guest did not mark user space")?;
+    if !code.success() {
+        return Err(format!("{command:?}: {code}: {last}").into());
+    }
+    Ok(Times { first_instruction: mark / 1000.0 - start, whole_life: end - start })
+}
+
+/// `CLOCK_MONOTONIC`, milliseconds.
+fn now() -> f64 {
+    let time = clock_gettime(ClockId::Monotonic);
+    time.tv_sec as f64 * 1e3 + time.tv_nsec as f64 / 1e6
+}
+
+/// The peak of what the monitor itself occupies while a guest runs: the peak of its resident set (`VmHWM`) without
+/// the shared memory in it (`RssShmem`), which is guest memory alone. Pages of its program file count in full,
+/// though all monitors of a host share them.
+fn memory(directory: &Path) -> Result<Row> {
+    progress("memory of a running monitor");
+    let status = directory.join("memory-status");
+    let monitor = monitor(directory, "spin", &status)?;
+    let samples: Result<Vec<f64>> = (0..MEMORY_SAMPLES)
+        .map(|_| {
+            let _ = fs::remove_file(&status);
+            let mut child = monitor.command().stdin(Stdio::null()).spawn()?;
+            let sample = sample_memory(child.id(), &status);
+            child.kill()?;
+            child.wait()?;
+            sample
+        })
+        .collect();
+    Ok(PEAK_MEMORY.row(&samples?, &[MEMORY_LIMIT], "the limit"))
+}
+
+fn sample_memory(pid: u32, status: &Path) -> Result<f64> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !fs::read_to_string(status).is_ok_and(|text| text.contains("running")) {
+        if Instant::now() > deadline {
+            return Err("the monitor does not run its guest".into());
+        }
+        sleep(Duration::from_millis(10));
+    }
+    sleep(Duration::from_millis(100));
+    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        let value = line.and_then(|line| line.split_ascii_whitespace().next()?.parse::<f64>().ok());
+        value.ok_or_else(|| format!("no {name} in /proc/PID/status"))
+    };
+    Ok((field("VmHWM")? - field("RssShmem")?) / 1024.0)
+}
