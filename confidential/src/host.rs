@@ -41,17 +41,12 @@ const fn needs(number: u32, name: &'static str, purpose: &'static str) -> Capabi
 }
 
 /// Everything that a plain domain needs of KVM.
-pub const CAPABILITIES: [Capability; 13] = [
+pub const CAPABILITIES: [Capability; 8] = [
     needs(kvm::KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY", "guest memory from user space"),
     needs(kvm::KVM_CAP_SET_TSS_ADDR, "KVM_CAP_SET_TSS_ADDR", "room for KVM's task state segment"),
     needs(kvm::KVM_CAP_SET_IDENTITY_MAP_ADDR, "KVM_CAP_SET_IDENTITY_MAP_ADDR", "room for KVM's identity map"),
     needs(kvm::KVM_CAP_EXT_CPUID, "KVM_CAP_EXT_CPUID", "the CPUID that a guest sees"),
-    needs(kvm::KVM_CAP_MP_STATE, "KVM_CAP_MP_STATE", "starting the other vCPUs"),
-    needs(kvm::KVM_CAP_VCPU_EVENTS, "KVM_CAP_VCPU_EVENTS", "pending events of a vCPU"),
-    needs(kvm::KVM_CAP_GET_TSC_KHZ, "KVM_CAP_GET_TSC_KHZ", "the frequency of the time stamp counter"),
     needs(kvm::KVM_CAP_SPLIT_IRQCHIP, "KVM_CAP_SPLIT_IRQCHIP", "local APICs in KVM, the I/O APIC outside"),
-    needs(kvm::KVM_CAP_IRQ_ROUTING, "KVM_CAP_IRQ_ROUTING", "interrupt pins as messages"),
-    needs(kvm::KVM_CAP_IRQFD, "KVM_CAP_IRQFD", "interrupts without a system call of the monitor"),
     needs(kvm::KVM_CAP_SIGNAL_MSI, "KVM_CAP_SIGNAL_MSI", "interrupts as messages"),
     needs(kvm::KVM_CAP_IOEVENTFD, "KVM_CAP_IOEVENTFD", "notifications without leaving the kernel"),
     needs(kvm::KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "kicks that cannot be lost"),

@@ -339,7 +339,7 @@ mod tests {
             );
         }
         assert_eq!(find(&survey, "kvm").reason, "/dev/kvm: there is no such device");
-        for unknown in ["KVM_CAP_IRQFD", "guest_memfd", "memory_attributes"] {
+        for unknown in ["KVM_CAP_IOEVENTFD", "guest_memfd", "memory_attributes"] {
             assert_eq!(find(&survey, unknown).reason, "unknown, as KVM cannot be asked");
         }
     }
@@ -364,7 +364,7 @@ mod tests {
         assert!(find(&survey, "kvm").ok);
         let split = find(&survey, "KVM_CAP_SPLIT_IRQCHIP");
         assert!(!split.ok && split.remedy.as_ref().is_some_and(|remedy| remedy.contains("Linux 4.11")));
-        assert!(find(&survey, "KVM_CAP_IRQFD").ok);
+        assert!(find(&survey, "KVM_CAP_IOEVENTFD").ok);
     }
 
     #[test]
