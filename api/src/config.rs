@@ -135,7 +135,7 @@ pub enum BootProtocol {
 }
 
 /// The kernel command line of a domain that is given none.
-pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=a panic=-1";
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=a panic=-1 pci=off";
 
 /// A block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -27,7 +27,7 @@ use crate::report::{Better, Row, Subject};
 use crate::{Result, peers, progress};
 
 /// What both get on their command lines, and what is added to measure devices.
-const COMMAND_LINE: &str = "console=ttyS0 reboot=a panic=-1";
+const COMMAND_LINE: &str = "console=ttyS0 reboot=a panic=-1 pci=off";
 const QUIET: &str = " quiet";
 /// Size of the disk, MiB.
 const DISK: usize = 128;

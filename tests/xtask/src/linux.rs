@@ -52,7 +52,7 @@ pub fn demo() -> Result<u8, RigError> {
         "--initrd".into(),
         initrd.into(),
         "--cmdline".into(),
-        "console=ttyS0 reboot=a panic=-1 quiet".into(),
+        "console=ttyS0 reboot=a panic=-1 pci=off quiet".into(),
         "--cpus".into(),
         "2".into(),
         "--memory".into(),
