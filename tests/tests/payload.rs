@@ -34,6 +34,7 @@ fn each_way_to_end_has_its_reason_and_code() {
         ("i8042-reset", ExitReason::Reboot, 121),
         ("panic", ExitReason::Panic, 121),
         ("triple-fault", ExitReason::TripleFault, 122),
+        ("vcpu-error", ExitReason::VcpuError, 122),
     ] {
         let done = payload(name).finish();
         assert_eq!(done.outcome().exit_reason, reason, "{name}: {done}");

@@ -65,3 +65,9 @@ pub fn triple_fault() -> ! {
     // SAFETY: never comes back.
     unsafe { asm!("lidt [{}]", "ud2", in(reg) &no_handlers, options(noreturn)) }
 }
+
+/// Goes on at `address`, for good.
+pub fn jump(address: u64) -> ! {
+    // SAFETY: never comes back; what is there is the caller's affair, and this is a guest made to break.
+    unsafe { asm!("jmp {}", in(reg) address, options(noreturn)) }
+}
