@@ -29,11 +29,13 @@ lint: deps
 
 unit: deps ## Pure logic, anywhere
 	cargo test --workspace --exclude cofferdam-payloads
+	cargo test -p cofferdam-firmware --lib -- --ignored iasl
 
 payload: build payloads ## The monitor and tiny guests, on any /dev/kvm
 	cargo test -p cofferdam-tests --features payload --test payload --test bad_input
 
 domain: build ## Linux guests, on hardware KVM or in the rig
+	cargo test -p xtask --test rig -- --ignored --test-threads=1
 	@cargo xtask domain-tests
 
 bench: build payloads ## Side by side with the floor and with QEMU's microvm: a table, and target/bench.json
