@@ -9,4 +9,5 @@ pub mod bus;
 pub mod interrupt;
 pub mod platform;
 pub mod rate_limiter;
+mod tally;
 pub mod virtio;

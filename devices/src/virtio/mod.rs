@@ -32,6 +32,7 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
 use crate::interrupt::InterruptLine;
+use crate::tally::Tally;
 
 /// The memory that a device may touch: on a confidential platform only the shared side.
 pub type Memory = Arc<GuestMemoryMmap>;
@@ -70,12 +71,23 @@ pub struct VirtioInterrupt {
     /// Configuration generation.
     pub(crate) generation: AtomicU32,
     line: Arc<dyn InterruptLine>,
+    /// How often the device needed a reset.
+    breakdowns: Tally,
+    /// How often the line could not be raised.
+    lost: Tally,
 }
 
 impl VirtioInterrupt {
     /// The interrupt of a device on `line`.
     pub fn new(line: Arc<dyn InterruptLine>) -> Self {
-        Self { status: AtomicU32::new(0), pending: AtomicU32::new(0), generation: AtomicU32::new(0), line }
+        Self {
+            status: AtomicU32::new(0),
+            pending: AtomicU32::new(0),
+            generation: AtomicU32::new(0),
+            line,
+            breakdowns: Tally::default(),
+            lost: Tally::default(),
+        }
     }
 
     /// Tells the driver of used buffers.
@@ -92,8 +104,10 @@ impl VirtioInterrupt {
     /// Puts the device out of service until the driver resets it.
     pub fn needs_reset(&self, reason: &dyn std::fmt::Display) {
         let before = self.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
-        if before & status::NEEDS_RESET == 0 {
-            warn!("virtio device needs reset: {reason}");
+        if before & status::NEEDS_RESET == 0
+            && let Some(times) = self.breakdowns.count()
+        {
+            warn!(times, "virtio device needs reset: {reason}");
         }
         // Raised only for a driver that is there to hear it (virtio 1.2, 2.1.2).
         if before & status::DRIVER_OK != 0 {
@@ -108,8 +122,10 @@ impl VirtioInterrupt {
 
     fn raise(&self, bits: u32) {
         self.pending.fetch_or(bits, Ordering::SeqCst);
-        if let Err(error) = self.line.trigger() {
-            warn!("virtio interrupt lost: {error}");
+        if let Err(error) = self.line.trigger()
+            && let Some(times) = self.lost.count()
+        {
+            warn!(times, "virtio interrupt lost: {error}");
         }
     }
 }
