@@ -24,9 +24,13 @@
 #![no_std]
 
 pub mod cpu;
+pub mod disk;
 pub mod entry;
+pub mod hostile;
+pub mod mmio;
 pub mod power;
 pub mod ram;
 pub mod serial;
 pub mod smp;
+pub mod socket;
 pub mod virtio;

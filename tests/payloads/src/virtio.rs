@@ -12,14 +12,11 @@
 //! device.start()                                   // DRIVER_OK
 //! let used = queue.request(&device, &[Part::read(..), Part::write(..)])?;
 //! ```
-#![allow(unsafe_code)] // accesses by guest-physical address
-
-use core::arch::asm;
 
 use cofferdam_firmware::layout::{VIRTIO_MMIO_SLOTS, VIRTIO_MMIO_STRIDE, virtio_mmio_address};
 
 use crate::cpu::delay;
-use crate::ram;
+use crate::{mmio, ram};
 
 /// Registers (virtio 1.2, 4.2.2).
 pub mod register {
@@ -84,27 +81,15 @@ pub struct Device {
 }
 
 macro_rules! accessors {
-    ($read:ident, $write:ident, $kind:ty, $register:tt) => {
+    ($read:ident, $write:ident, $kind:ty, $mmio_read:path, $mmio_write:path) => {
         /// Reads at `offset` from the start of the slot; it need not be aligned.
         pub fn $read(&self, offset: u64) -> $kind {
-            let address = self.address(offset, size_of::<$kind>() as u64);
-            let value;
-            // SAFETY: in the device's slot, where no Rust object lies. Assembly, as the address may be odd.
-            unsafe {
-                asm!(concat!("mov ", $register, ", [{}]"), in(reg) address, out($register) value,
-                    options(nostack, preserves_flags));
-            }
-            value
+            $mmio_read(self.address(offset, size_of::<$kind>() as u64))
         }
 
         /// Writes at `offset` from the start of the slot; it need not be aligned.
         pub fn $write(&self, offset: u64, value: $kind) {
-            let address = self.address(offset, size_of::<$kind>() as u64);
-            // SAFETY: as above.
-            unsafe {
-                asm!(concat!("mov [{}], ", $register), in(reg) address, in($register) value,
-                    options(nostack, preserves_flags));
-            }
+            $mmio_write(self.address(offset, size_of::<$kind>() as u64), value);
         }
     };
 }
@@ -129,23 +114,15 @@ impl Device {
         self.base + offset
     }
 
-    accessors!(read_u16, write_u16, u16, "ax");
-    accessors!(read, write, u32, "eax");
-    accessors!(read_u64, write_u64, u64, "rax");
-
-    /// Reads a byte at `offset` from the start of the slot.
-    pub fn read_u8(&self, offset: u64) -> u8 {
-        let address = self.address(offset, 1) as *const u8;
-        // SAFETY: in the device's slot, where no Rust object lies.
-        unsafe { address.read_volatile() }
+    /// Address of the slot's first register.
+    pub fn base(&self) -> u64 {
+        self.base
     }
 
-    /// Writes a byte at `offset` from the start of the slot.
-    pub fn write_u8(&self, offset: u64, value: u8) {
-        let address = self.address(offset, 1) as *mut u8;
-        // SAFETY: in the device's slot, where no Rust object lies.
-        unsafe { address.write_volatile(value) }
-    }
+    accessors!(read_u8, write_u8, u8, mmio::read_u8, mmio::write_u8);
+    accessors!(read_u16, write_u16, u16, mmio::read_u16, mmio::write_u16);
+    accessors!(read, write, u32, mmio::read_u32, mmio::write_u32);
+    accessors!(read_u64, write_u64, u64, mmio::read_u64, mmio::write_u64);
 
     /// The features that the device offers.
     pub fn features(&self) -> u64 {
