@@ -186,3 +186,13 @@ fn notifications_and_interrupts_of_any_kind_are_endured() {
 fn the_log_does_not_grow_with_what_a_guest_does() {
     endured("hostile-block", &["break-flood"]);
 }
+
+#[test]
+fn registers_withstand_every_width_offset_and_value() {
+    endured("hostile-mmio", &["widths", "read-only", "status", "selectors"]);
+}
+
+#[test]
+fn the_other_devices_withstand_every_width_offset_and_value() {
+    endured("hostile-mmio", &["io-apic", "ports", "strings"]);
+}

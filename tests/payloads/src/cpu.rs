@@ -3,6 +3,8 @@
 
 use core::arch::asm;
 
+use crate::ram;
+
 /// Writes a byte to a port.
 pub fn outb(port: u16, value: u8) {
     // SAFETY: no port of a domain changes this program's memory.
@@ -43,6 +45,24 @@ pub fn inl(port: u16) -> u32 {
     // SAFETY: as in `outb`.
     unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags)) }
     value
+}
+
+/// Writes `count` bytes from `address` to a port, by one instruction.
+pub fn outsb(port: u16, address: u64, count: u64) {
+    // SAFETY: reads RAM; no port of a domain changes this program's memory.
+    unsafe {
+        asm!("rep outsb", in("dx") port, inout("rsi") address => _, inout("rcx") count => _,
+            options(readonly, nostack));
+    }
+}
+
+/// Reads `count` bytes from a port to `address`, which is in [`crate::ram`], by one instruction.
+pub fn insb(port: u16, address: u64, count: u64) {
+    assert!(address >= ram::START && address + count <= ram::END, "no {count} bytes at {address:#x}");
+    // SAFETY: writes RAM that no Rust object lies in.
+    unsafe {
+        asm!("rep insb", in("dx") port, inout("rdi") address => _, inout("rcx") count => _, options(nostack));
+    }
 }
 
 /// Lets some microseconds pass, on any machine: nobody answers this port, so the monitor has to.

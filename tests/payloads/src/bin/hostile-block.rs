@@ -227,7 +227,7 @@ fn queue_layouts(disk: &mut Disk) {
         available: queue.available(),
         used: queue.used(),
     };
-    let last = u64::MAX & !0xF;
+    let last = !0xF;
     let bad = [
         Layout { size: 0, ..good },
         Layout { size: 3, ..good },
