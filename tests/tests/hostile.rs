@@ -8,12 +8,18 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ChildStdin;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use cofferdam_api::status::ExitReason;
 use cofferdam_tests::run::send;
 use cofferdam_tests::{Finished, Run, Running, place};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::Pid;
 use tempfile::TempDir;
 
 /// What the monitor may take in memory during an attack, KiB, with what the guest touches of its own meanwhile.
@@ -29,8 +35,15 @@ const FILLS: [u8; 2] = [0xA1, 0xB2];
 struct Domain {
     running: Running,
     stdin: ChildStdin,
-    _directory: TempDir,
+    directory: TempDir,
+    /// Programs that vsock connects to. They accept nothing: a connection waits in their backlog.
+    _programs: Vec<UnixListener>,
 }
+
+/// Ports on which programs of the host listen.
+const SILENT: u32 = 7;
+const CROWDED: u32 = 9;
+const EAGER: u32 = 10;
 
 /// What a monitor holds.
 #[derive(Clone, Copy, Debug)]
@@ -53,19 +66,17 @@ impl Domain {
             fs::write(&path, vec![fill; DRIVE]).unwrap();
             run = run.with("drive", format!("path={}", path.display()));
         }
+        let listen = |port| UnixListener::bind(directory.path().join(format!("v.sock_{port}"))).unwrap();
+        let programs = [SILENT, CROWDED].map(listen).into();
         let mut running = run.start();
         let stdin = running.stdin();
-        Self { running, stdin, _directory: directory }
+        Self { running, stdin, directory, _programs: programs }
     }
 
     /// Waits until the guest has come to `checkpoint`.
     fn at(&self, checkpoint: &str) -> Held {
         self.running.wait_for(&format!("{checkpoint}\n"));
-        let process = Path::new("/proc").join(self.running.monitor_pid().to_string());
-        let status = fs::read_to_string(process.join("status")).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-        let memory = line.trim().trim_end_matches(" kB").parse().unwrap();
-        Held { memory, descriptors: fs::read_dir(process.join("fd")).unwrap().count() }
+        held(self.running.monitor_pid()).unwrap()
     }
 
     /// Lets the guest go on.
@@ -74,10 +85,25 @@ impl Domain {
     }
 }
 
+/// What `monitor` holds, unless it has ended.
+fn held(monitor: Pid) -> Option<Held> {
+    let process = Path::new("/proc").join(monitor.to_string());
+    let status = fs::read_to_string(process.join("status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let memory = line.trim().trim_end_matches(" kB").parse().ok()?;
+    Some(Held { memory, descriptors: fs::read_dir(process.join("fd")).ok()?.count() })
+}
+
 /// Runs one case from "ready" to "done".
 fn attack(payload: &str, case: &str) -> Finished {
+    attack_with(payload, case, |_| ())
+}
+
+/// Runs one case; `at_ready` acts on the host's side before the guest begins.
+fn attack_with<T>(payload: &str, case: &str, at_ready: impl FnOnce(&Domain) -> T) -> Finished {
     let domain = Domain::start(payload, case);
     let before = domain.at("ready");
+    let _held = at_ready(&domain);
     domain.go_on();
     let after = domain.at("done");
     domain.go_on();
@@ -195,4 +221,120 @@ fn registers_withstand_every_width_offset_and_value() {
 #[test]
 fn the_other_devices_withstand_every_width_offset_and_value() {
     endured("hostile-mmio", &["io-apic", "ports", "strings"]);
+}
+
+#[test]
+fn packets_that_cannot_be_cost_the_connection() {
+    endured("hostile-vsock", &["lengths", "addresses", "operations", "credit-overrun", "resets"]);
+}
+
+#[test]
+fn chains_without_a_packet_cost_the_device() {
+    let done = attack("hostile-vsock", "chains");
+    assert_eq!(done.console().matches("needs reset\n").count(), 9, "{done}");
+}
+
+/// A program that sends as much as is taken is held to the credit that the guest gives.
+#[test]
+fn the_guests_credit_is_kept_at_its_extremes() {
+    let mut sender = None;
+    attack_with("hostile-vsock", "credit-extremes", |domain| {
+        let listener = UnixListener::bind(domain.directory.path().join(format!("v.sock_{EAGER}"))).unwrap();
+        sender = Some(thread::spawn(move || {
+            for _ in 0..6 {
+                let mut stream = listener.accept().unwrap().0;
+                stream.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+                // It ends when nobody takes more, or when the guest resets the connection.
+                let _ = stream.write_all(&[7; 1 << 20]);
+            }
+        }));
+    });
+    sender.unwrap().join().unwrap();
+}
+
+#[test]
+fn floods_of_packets_are_held_back() {
+    endured("hostile-vsock", &["packet-flood", "notification-flood", "connections-in-turn"]);
+}
+
+/// When there are as many connections as there can be, the next ones are refused, and a reset frees them all.
+#[test]
+fn a_flood_of_connections_is_refused() {
+    let domain = Domain::start("hostile-vsock", "connection-flood");
+    let before = domain.at("ready");
+    domain.go_on();
+    let crowded = domain.at("crowded");
+    assert!(crowded.descriptors > before.descriptors + 100, "{before:?} {crowded:?}");
+    assert!(crowded.memory <= before.memory + MEMORY, "{before:?} {crowded:?}");
+    domain.go_on();
+    let after = domain.at("done");
+    domain.go_on();
+    check("connection-flood", &domain.running.finish(), before, after);
+}
+
+/// A guest that prints without end, to a reader that does not read, waits; nothing is lost.
+#[test]
+fn a_flood_on_the_console_waits_for_its_reader() {
+    const FLOOD: usize = 160 << 10;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("console");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &path, Mode::RUSR | Mode::WUSR).unwrap();
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let pipe = fs::File::from(rustix::fs::open(&path, flags, Mode::empty()).unwrap());
+    let running = Run::new(place::payload("hostile-console"))
+        .with("memory", "32M")
+        .with("cmdline", "case=flood")
+        .with("console", format!("file={}", path.display()))
+        .start();
+    let end = Instant::now() + Duration::from_secs(60);
+    // Full when no more comes.
+    let (mut waiting, mut since) = (0, Instant::now());
+    while waiting == 0 || since.elapsed() < Duration::from_millis(500) {
+        assert!(Instant::now() < end, "{waiting} bytes came");
+        thread::sleep(Duration::from_millis(5));
+        let now = rustix::io::ioctl_fionread(&pipe).unwrap();
+        if now != waiting {
+            (waiting, since) = (now, Instant::now());
+        }
+    }
+    let held = held(running.monitor_pid()).unwrap();
+    assert!(held.memory <= MEMORY, "{held:?}");
+
+    let mut flood = Vec::new();
+    while flood.len() < FLOOD {
+        assert!(Instant::now() < end, "{} bytes came", flood.len());
+        match (&pipe).take((FLOOD - flood.len()) as u64).read_to_end(&mut flood) {
+            Ok(_) => thread::sleep(Duration::from_millis(1)),
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+    }
+    assert!(
+        flood.iter().zip(0_usize..).all(|(byte, at)| *byte == at as u8),
+        "bytes are lost or out of order"
+    );
+    let done = running.finish();
+    assert_eq!(done.code(), 0, "{done}");
+    assert_eq!(done.outcome().exit_reason, ExitReason::PowerOff, "{done}");
+}
+
+/// A guest that is typed at without end, and does not read.
+#[test]
+fn a_flood_of_input_waits_for_the_guest() {
+    let domain = Domain::start("hostile-console", "input");
+    let before = domain.at("ready");
+    let Domain { running, mut stdin, .. } = domain;
+    let typist = thread::spawn(move || {
+        // It ends when the domain has ended.
+        while stdin.write_all(&[b'x'; 4096]).is_ok() {}
+    });
+    let monitor = running.monitor_pid();
+    let mut last = before;
+    while let Some(held) = held(monitor) {
+        // A monitor that ends closes its descriptors one by one.
+        last.memory = held.memory;
+        thread::sleep(Duration::from_millis(5));
+    }
+    let done = running.finish();
+    typist.join().unwrap();
+    check("input", &done, before, last);
 }
