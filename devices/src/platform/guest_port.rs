@@ -11,7 +11,7 @@
 //! printf '\007' | dd of=/dev/port bs=1 seek=$((0x620)) conv=notrunc 2>/dev/null
 //! ```
 //!
-//! A wider write is one write per byte, to ports that follow each other. Reading
+//! and are mounted in MMIO as well, for kernels that have only `/dev/mem`. A wider write is one write per byte, to ports that follow each other. Reading
 //! gives back what was written last (the code; 1 for the mark) and 0 before that,
 //! so that a guest can tell these ports from absent ones, which read 0xFF.
 
