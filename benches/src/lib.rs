@@ -14,7 +14,9 @@
 // A benchmark that meets the unexpected ends.
 #![allow(clippy::expect_used, clippy::panic)]
 
+pub mod console;
 pub mod guests;
+pub mod inside;
 pub mod machines;
 pub mod peers;
 pub mod report;

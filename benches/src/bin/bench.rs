@@ -4,24 +4,27 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::{env, fs};
 
-use cofferdam_benches::{Result, guests, progress, report, start_up};
+use cofferdam_benches::report::{self, Row};
+use cofferdam_benches::{Result, guests, inside, progress, start_up};
 use cofferdam_tests::place;
 
 /// Numbers of runs: more make the medians steadier, and `make bench` longer.
 const STARTS: usize = 100;
 const BOOTS: usize = 5;
-const DEVICES: usize = 5;
+const DEVICES: usize = 15;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
         [] => all(),
-        ["start-up"] => start_up::run(STARTS).map(|rows| print!("{}", report::table(&rows))),
-        ["inside", plan] => guests::run_inside(Path::new(plan)),
+        ["start-up"] => start_up::run(STARTS).map(show),
+        ["boot"] => guests::run(BOOTS, 0).map(show),
+        ["devices"] => guests::run(0, DEVICES).map(show),
+        ["inside", plan] => inside::run(Path::new(plan)),
         // The rig starts this program as its agent.
         ["agent"] => xtask::agent::run().map_err(Into::into),
-        _ => Err("usage: bench [start-up]".into()),
+        _ => Err("usage: bench [start-up | boot | devices]".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -32,12 +35,16 @@ fn main() -> ExitCode {
     }
 }
 
+fn show(rows: Vec<Row>) {
+    print!("{}", report::table(&rows));
+}
+
 fn all() -> Result<()> {
     let mut rows = start_up::run(STARTS)?;
     rows.extend(guests::run(BOOTS, DEVICES)?);
     let path = place::root().join("target/bench.json");
     fs::write(&path, serde_json::to_vec_pretty(&rows)?)?;
-    print!("{}", report::table(&rows));
+    show(rows);
     progress(format_args!("{} has the same", path.display()));
     Ok(())
 }

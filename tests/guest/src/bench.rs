@@ -1,7 +1,7 @@
-//! `bench-guest`: the guest's side of the benchmarks (crate `benches`). Each measurement runs for some seconds and
-//! becomes one line on standard output: `bench NAME VALUE`.
+//! `bench-guest`: the guest's side of the benchmarks (crate `benches`). The host names a measurement, which runs for a
+//! while and becomes one line on standard output: `bench NAME VALUE`. So the host can let two guests take turns.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clap::{Parser, Subcommand};
+use clap::Parser;
 use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, VsockAddr, connect, shutdown, socket};
 
 const KIB: usize = 1 << 10;
@@ -20,32 +20,20 @@ const HOST: u32 = 2;
 /// `O_DIRECT` of x86-64.
 const O_DIRECT: i32 = 0o40000;
 
-/// Measure a guest's devices
+/// Measure a guest's devices: each line of standard input names a measurement
 #[derive(Parser)]
 struct Arguments {
-    /// How long each measurement takes, seconds
-    #[arg(long, default_value_t = 2)]
-    seconds: u64,
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Subcommand)]
-enum What {
+    /// How long each measurement takes, milliseconds
+    #[arg(long, default_value_t = 1000)]
+    time: u64,
     /// A disk, which is overwritten
-    Block { device: PathBuf },
-    /// The way to the host: PORT takes bytes, PORT+1 gives bytes, PORT+2 sends back
-    Vsock { port: u32 },
+    disk: PathBuf,
+    /// PORT of the host takes bytes, PORT+1 gives bytes, PORT+2 sends back
+    port: u32,
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let time = Duration::from_secs(arguments.seconds);
-    let done = match arguments.what {
-        What::Block { device } => block(&device, time),
-        What::Vsock { port } => vsock(port, time),
-    };
-    match done {
+    match serve(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench-guest: {error}");
@@ -54,8 +42,46 @@ fn main() -> ExitCode {
     }
 }
 
+fn serve(arguments: &Arguments) -> io::Result<()> {
+    report("start", uptime()?);
+    for name in io::stdin().lines() {
+        let name = name?;
+        if name == "end" {
+            break;
+        }
+        report(&name, measure(&name, arguments)?);
+    }
+    report("end", uptime()?);
+    Ok(())
+}
+
 fn report(name: &str, value: f64) {
     println!("bench {name} {value:.3}");
+}
+
+/// Seconds since the kernel's start.
+fn uptime() -> io::Result<f64> {
+    let text = fs::read_to_string("/proc/uptime")?;
+    let seconds = text.split(' ').next().and_then(|word| word.parse().ok());
+    seconds.ok_or_else(|| io::Error::other("/proc/uptime has no number"))
+}
+
+fn measure(name: &str, arguments: &Arguments) -> io::Result<f64> {
+    let time = Duration::from_millis(arguments.time);
+    let random = Load { size: 4 * KIB, depth: 8, random: true, write: false };
+    let sequential = Load { size: 256 * KIB, depth: 4, random: false, write: false };
+    let requests = |load| requests_per_second(&arguments.disk, load, time);
+    let bytes = |load: Load| Ok(requests(load)? * load.size as f64 / MIB);
+    match name {
+        "random_read" => requests(random),
+        "random_write" => requests(Load { write: true, ..random }),
+        "sequential_read" => bytes(sequential),
+        "sequential_write" => bytes(Load { write: true, ..sequential }),
+        "vsock_send" => Ok(send(arguments.port, time)? / MIB),
+        "vsock_receive" => Ok(receive(arguments.port + 1, time)? / MIB),
+        "vsock_round_trip" => Ok(round_trip(arguments.port + 2, time)? * 1e6),
+        _ => Err(io::Error::other(format!("no measurement is called {name}"))),
+    }
 }
 
 /// What is done to a disk.
@@ -67,20 +93,6 @@ struct Load {
     depth: usize,
     random: bool,
     write: bool,
-}
-
-fn block(device: &Path, time: Duration) -> io::Result<()> {
-    let small = Load { size: 4 * KIB, depth: 8, random: true, write: false };
-    let large = Load { size: 256 * KIB, depth: 4, random: false, write: false };
-    for (name, load, unit) in [
-        ("random_read", small, 1.0),
-        ("random_write", Load { write: true, ..small }, 1.0),
-        ("sequential_read", large, large.size as f64 / MIB),
-        ("sequential_write", Load { write: true, ..large }, large.size as f64 / MIB),
-    ] {
-        report(name, requests_per_second(device, load, time)? * unit);
-    }
-    Ok(())
 }
 
 fn requests_per_second(device: &Path, load: Load, time: Duration) -> io::Result<f64> {
@@ -121,13 +133,6 @@ fn work(device: &Path, load: Load, index: u64, end: Instant) -> io::Result<u64> 
         requests += 1;
     }
     Ok(requests)
-}
-
-fn vsock(port: u32, time: Duration) -> io::Result<()> {
-    report("vsock_send", send(port, time)? / MIB);
-    report("vsock_receive", receive(port + 1, time)? / MIB);
-    report("vsock_round_trip", round_trip(port + 2, time)? * 1e6);
-    Ok(())
 }
 
 fn connected(port: u32) -> io::Result<File> {
