@@ -87,7 +87,7 @@ impl Bus {
         let index = self.entries.partition_point(|e| e.base <= address).checked_sub(1)?;
         let entry = self.entries.get(index)?;
         let last = address.checked_add(u64::try_from(length).ok()?.checked_sub(1)?)?;
-        (last <= entry.last).then(|| (&*entry.device, address - entry.base))
+        (last <= entry.last).then_some((&*entry.device, address.checked_sub(entry.base)?))
     }
 }
 

@@ -73,6 +73,8 @@ const ID_BITS: u32 = 0x0F00_0000;
 /// With an EOI register, which spares the guest tricks to clear the remote IRR.
 const VERSION_NUMBER: u32 = 0x20;
 
+const LAST_PIN: u32 = IO_APIC_PINS as u32 - 1;
+
 const LOGICAL: u64 = 1 << 11;
 const SEND_PENDING: u64 = 1 << 12;
 const LEVEL: u64 = 1 << 15;
@@ -158,13 +160,13 @@ impl IoApic {
     fn entry(&self, index: u32) -> Option<(&AtomicU64, u32)> {
         let half = index.checked_sub(REDIRECTION_TABLE)?;
         let entry = self.entries.get(usize::try_from(half / 2).ok()?)?;
-        Some((entry, 32 * (half % 2)))
+        Some((entry, if half.is_multiple_of(2) { 0 } else { u32::BITS }))
     }
 
     fn read_register(&self, index: u32) -> u32 {
         match index {
             ID | ARBITRATION => self.id.load(Ordering::Relaxed),
-            VERSION => VERSION_NUMBER | (u32::from(IO_APIC_PINS) - 1) << 16,
+            VERSION => VERSION_NUMBER | LAST_PIN << 16,
             _ => match self.entry(index) {
                 Some((entry, shift)) => (entry.load(Ordering::Acquire) >> shift) as u32,
                 None => 0,

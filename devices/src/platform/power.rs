@@ -101,7 +101,7 @@ impl BusDevice for PowerButton {
         for (offset, byte) in bytes_at_mut(offset, data) {
             *byte = match offset {
                 0..EVENT_PORTS => {
-                    let shift = 8 * offset as u32;
+                    let shift = (offset as u32).saturating_mul(8);
                     (self.pending.fetch_and(!(0xFF << shift), Ordering::AcqRel) >> shift) as u8
                 }
                 _ => 0,

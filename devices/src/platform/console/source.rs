@@ -74,7 +74,7 @@ impl Source {
     fn hand_over(&mut self, port: &SerialPort) -> bool {
         let waiting = self.bytes.get(self.start..self.end).unwrap_or_default();
         if !waiting.is_empty() {
-            self.start += port.receive(waiting);
+            self.start = self.start.saturating_add(port.receive(waiting));
         }
         self.start >= self.end
     }

@@ -60,8 +60,9 @@ pub(super) fn space(limits: &Limits) -> [u8; CONFIG_SIZE] {
             *place = *byte;
         }
     };
-    let physical_block_exp = (PHYSICAL_BLOCK_SIZE / limits.block_size.max(1)).max(1).ilog2() as u8;
-    let block_sectors = limits.block_size / SECTOR_SIZE as u32;
+    let blocks = PHYSICAL_BLOCK_SIZE.checked_div(limits.block_size).unwrap_or(1);
+    let physical_block_exp = blocks.max(1).ilog2() as u8;
+    let block_sectors = (u64::from(limits.block_size) / SECTOR_SIZE) as u32;
     put(0, &(limits.size / SECTOR_SIZE).to_le_bytes()); // capacity
     put(8, &SIZE_MAX.to_le_bytes());
     put(12, &SEG_MAX.to_le_bytes());
