@@ -77,11 +77,11 @@ pub fn block_device_name(index: usize) -> String {
     let mut rest = index;
     loop {
         // Below 26, so it fits.
-        letters.push(char::from(b'a' + (rest % 26) as u8));
+        letters.push(char::from(b'a'.saturating_add((rest % 26) as u8)));
         if rest < 26 {
             break;
         }
-        rest = rest / 26 - 1;
+        rest = (rest / 26).saturating_sub(1);
     }
     letters.push('d');
     letters.push('v');

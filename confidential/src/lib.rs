@@ -17,6 +17,17 @@
 //! Only [`Launched`] says whether a domain is protected, and only
 //! [`Launch::finish`] makes one.
 
+// Nothing that a guest, a file or a client chooses may panic the monitor. (`unwrap` and its like are the workspace's.)
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::arithmetic_side_effects,
+        clippy::indexing_slicing,
+        clippy::string_slice,
+        clippy::unreachable
+    )
+)]
+
 pub mod host;
 pub mod launch;
 pub mod plain;

@@ -159,14 +159,16 @@ impl Board {
         for transport in &self.transports {
             transport.shut_down();
         }
-        self.console.flush(Instant::now() + deadline);
+        let now = Instant::now();
+        self.console.flush(now.checked_add(deadline).unwrap_or(now));
     }
 }
 
 /// Lets KVM signal the queues' eventfds on the guest's notifications, without an exit to the monitor.
 fn notify_by_eventfd(vm: &VmFd, address: u64, transport: &MmioTransport) -> Result<(), BoardError> {
+    let notify = IoEventAddress::Mmio(address.saturating_add(QUEUE_NOTIFY));
     for (queue, event) in (0_u32..).zip(transport.queue_events()) {
-        vm.register_ioevent(event, &IoEventAddress::Mmio(address + QUEUE_NOTIFY), queue)
+        vm.register_ioevent(event, &notify, queue)
             .map_err(|error| BoardError::Host { what: "KVM_IOEVENTFD", source: error.into() })?;
     }
     Ok(())

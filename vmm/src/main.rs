@@ -1,5 +1,16 @@
 //! `cofferdam-vmm`: the monitor of one domain.
 
+// Nothing that a guest, a file or a client chooses may panic the monitor. (`unwrap` and its like are the workspace's.)
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::arithmetic_side_effects,
+        clippy::indexing_slicing,
+        clippy::string_slice,
+        clippy::unreachable
+    )
+)]
+
 use std::io::{self, IsTerminal, Read};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -109,7 +120,7 @@ fn read_config(source: &Source) -> Result<DomainConfig, StartError> {
     source
         .open()
         // One byte more shows that it is too large.
-        .and_then(|file| file.take(MAX_CONFIG_SIZE as u64 + 1).read_to_end(&mut text))
+        .and_then(|file| file.take((MAX_CONFIG_SIZE as u64).saturating_add(1)).read_to_end(&mut text))
         .map_err(|error| StartError::ConfigFile { file: source.to_string(), error })?;
     DomainConfig::from_json(&text)
         .map_err(|error| StartError::BadConfigFile { file: source.to_string(), error })

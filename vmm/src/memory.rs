@@ -46,11 +46,11 @@ pub fn map(size: u64) -> Result<Arc<GuestMemoryMmap>, MemoryError> {
     rustix::fs::ftruncate(&file, size).map_err(call("ftruncate"))?;
     let file = Arc::new(File::from(file));
     let mut regions = Vec::new();
-    let mut offset = 0;
+    let mut offset = 0_u64;
     for (address, length) in layout::ram_ranges(size) {
         if length != 0 {
             regions.push(map_range(&file, offset, address, length)?);
-            offset += length;
+            offset = offset.saturating_add(length);
         }
     }
     let memory = GuestMemoryMmap::from_regions(regions).map_err(|error| MemoryError::Map {

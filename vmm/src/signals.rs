@@ -40,9 +40,9 @@ impl StopSignals {
     /// The number of signals that have arrived since the last call.
     pub fn take(&self) -> usize {
         let mut buffer = [0; size_of::<libc::signalfd_siginfo>()];
-        let mut arrived = 0;
+        let mut arrived = 0_usize;
         while (&self.0).read(&mut buffer).is_ok_and(|length| length == buffer.len()) {
-            arrived += 1;
+            arrived = arrived.saturating_add(1);
         }
         arrived
     }

@@ -183,7 +183,7 @@ impl Resources {
             },
         )?
         .plan(memory_size(config))?;
-        let mut virtio: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(config.drives.len() + 1);
+        let mut virtio: Vec<Box<dyn VirtioDevice>> = Vec::new();
         for (index, drive) in config.drives.iter().enumerate() {
             let file = BlockFile::open(block_options(drive))
                 .map_err(|source| StartError::Drive { index, source })?;

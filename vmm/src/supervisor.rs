@@ -146,7 +146,8 @@ impl Supervisor {
 
     /// Sets the deadline, unless there is an earlier one.
     fn set_deadline(&mut self, after: Duration, reason: ExitReason, message: String) {
-        let at = Instant::now() + after;
+        let now = Instant::now();
+        let at = now.checked_add(after).unwrap_or(now);
         if self.deadline.as_ref().is_some_and(|deadline| deadline.at <= at) {
             return;
         }

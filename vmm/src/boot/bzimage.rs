@@ -94,15 +94,15 @@ fn read_header(file: &ImageFile) -> Result<Box<boot_params>, KernelError> {
 fn code(file: &ImageFile, header: &setup_header) -> Result<Segment, BzImageError> {
     let setup_header { setup_sects, syssize, payload_offset, payload_length, init_size, .. } = *header;
     let sectors = if setup_sects == 0 { DEFAULT_SETUP_SECTORS } else { setup_sects };
-    let start = (u64::from(sectors) + 1) * SECTOR;
+    let start = u64::from(sectors).saturating_add(1).saturating_mul(SECTOR);
     let length = file.length();
     let parts = [
-        ("64-bit entry", start + ENTRY_64 + 1),
-        ("code", start + u64::from(syssize) * 16),
-        ("compressed kernel", start + u64::from(payload_offset) + u64::from(payload_length)),
+        ("64-bit entry", ENTRY_64 + 1),
+        ("code", u64::from(syssize).saturating_mul(16)),
+        ("compressed kernel", u64::from(payload_offset).saturating_add(u64::from(payload_length))),
     ];
     for (part, end) in parts {
-        check_within(part, end, length)?;
+        check_within(part, start.saturating_add(end), length)?;
     }
     let file_size = length.saturating_sub(start);
     Ok(Segment {

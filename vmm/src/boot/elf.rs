@@ -85,8 +85,8 @@ fn read_header(file: &ImageFile) -> Result<Elf64_Ehdr, KernelError> {
 }
 
 fn read_program_headers(file: &ImageFile, header: &Elf64_Ehdr) -> Result<Vec<Elf64_Phdr>, KernelError> {
-    let size = size_of::<Elf64_Phdr>() as u64;
-    check_within(file, Part::ProgramHeaders, header.e_phoff, size * u64::from(header.e_phnum))?;
+    let size = u64::from(header.e_phentsize).saturating_mul(u64::from(header.e_phnum));
+    check_within(file, Part::ProgramHeaders, header.e_phoff, size)?;
     let mut headers = vec![Elf64_Phdr::default(); usize::from(header.e_phnum)];
     for (offset, entry) in (header.e_phoff..).step_by(size_of::<Elf64_Phdr>()).zip(&mut headers) {
         file.read_at(entry.as_mut_slice(), offset)?;
@@ -156,7 +156,7 @@ fn find_pvh_entry(file: &ImageFile, headers: &[Elf64_Phdr]) -> Result<Option<u64
 fn pvh_entry_in(notes: &[u8], alignment: usize) -> Result<Option<u64>, usize> {
     let mut rest = notes;
     while !rest.is_empty() {
-        let offset = notes.len() - rest.len();
+        let offset = notes.len().saturating_sub(rest.len());
         let note = split_note(rest, alignment).ok_or(offset)?;
         if note.kind == XEN_PHYS32_ENTRY && note.name == XEN_NAME {
             return match note.description {

@@ -50,6 +50,7 @@ const ENTRIES_PER_TABLE: usize = 512;
 
 /// Entries of the GDT: null, unused, code, data.
 const GDT_ENTRIES: usize = 4;
+const GDT_LIMIT: u16 = (GDT_ENTRIES * size_of::<u64>()) as u16 - 1;
 
 /// Where and how the first vCPU starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +109,7 @@ impl Entry {
             gs: data,
             ss: data,
             tr: task_segment(),
-            gdt: table(layout::BOOT_GDT, (GDT_ENTRIES * size_of::<u64>() - 1) as u16),
+            gdt: table(layout::BOOT_GDT, GDT_LIMIT),
             // No entries: an exception before the kernel has its own table is a triple fault.
             idt: table(layout::BOOT_IDT, 0),
             ..base
@@ -149,8 +150,9 @@ impl Entry {
 /// PML4, PDPT and page directory for [`layout::BOOT_PAGE_TABLES`], a page each.
 pub(super) fn page_tables() -> Vec<u64> {
     let mut tables = vec![0; 2 * ENTRIES_PER_TABLE];
-    for (slot, next) in tables.iter_mut().step_by(ENTRIES_PER_TABLE).zip(1..) {
-        *slot = (layout::BOOT_PAGE_TABLES + next * layout::PAGE_SIZE) | PAGE_PRESENT | PAGE_WRITABLE;
+    let nexts = (layout::BOOT_PAGE_TABLES..).step_by(layout::PAGE_SIZE as usize).skip(1);
+    for (slot, next) in tables.iter_mut().step_by(ENTRIES_PER_TABLE).zip(nexts) {
+        *slot = next | PAGE_PRESENT | PAGE_WRITABLE;
     }
     let pages = (0..IDENTITY_MAP_END).step_by(LARGE_PAGE_SIZE as usize);
     tables.extend(pages.map(|page| page | PAGE_PRESENT | PAGE_WRITABLE | PAGE_LARGE));

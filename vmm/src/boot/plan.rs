@@ -97,7 +97,7 @@ impl BootPlan {
 fn place_initrd(file: &ImageFile, memory: u64, kernel_end: u64, limit: u64) -> Result<Range<u64>, BootError> {
     let size = file.length();
     let below = |end: u64| {
-        let address = end.checked_sub(size)? / PAGE_SIZE * PAGE_SIZE;
+        let address = end.checked_sub(size)? & !(PAGE_SIZE - 1);
         (address >= kernel_end).then(|| address..address.saturating_add(size))
     };
     if below(limit).is_none() {

@@ -29,7 +29,7 @@ pub(super) fn for_elf() -> Box<boot_params> {
     params.hdr.type_of_loader = TYPE_OF_LOADER;
     params.hdr.loadflags = LOADED_HIGH;
     params.hdr.kernel_alignment = KERNEL_ALIGNMENT;
-    params.hdr.cmdline_size = layout::COMMAND_LINE_MAX as u32 - 1;
+    params.hdr.cmdline_size = (layout::COMMAND_LINE_MAX - 1) as u32;
     params
 }
 

@@ -68,6 +68,8 @@ impl CpuTemplate {
 
     fn adjust(&self, entry: &mut kvm_cpuid_entry2, id: u8) {
         let count = u32::from(self.count);
+        // Many fields hold one less than a number.
+        let others = count.saturating_sub(1);
         match (entry.function, entry.index) {
             (1, _) => {
                 entry.ebx = entry.ebx & 0xFFFF | u32::from(id) << 24 | (1 << self.id_bits()) << 16;
@@ -79,17 +81,17 @@ impl CpuTemplate {
             // Deterministic cache parameters, Intel's and AMD's.
             (4 | 0x8000_001D, _) if entry.eax & 0x1F != 0 => {
                 let level = entry.eax >> 5 & 7;
-                let sharing = if level >= 3 { count } else { 1 };
-                entry.eax = entry.eax & 0x3FFF | (sharing - 1) << 14;
+                let sharing = if level >= 3 { others } else { 0 };
+                entry.eax = entry.eax & 0x3FFF | sharing << 14;
                 if entry.function == 4 {
-                    entry.eax |= (count - 1).min(63) << 26;
+                    entry.eax |= others.min(63) << 26;
                 }
             }
             // No performance counters: a domain has no use for the host's.
             (0xA, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             (0x8000_0001, _) if self.amd && count > 1 => entry.ecx |= AMD_LEGACY_MULTICORE,
             (0x8000_0001, _) => entry.ecx &= !AMD_LEGACY_MULTICORE,
-            (0x8000_0008, _) if self.amd => entry.ecx = self.id_bits() << 12 | (count - 1),
+            (0x8000_0008, _) if self.amd => entry.ecx = self.id_bits() << 12 | others,
             // Extended APIC id; core id, one thread per core; node 0 of 1.
             (0x8000_001E, _) => {
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) = (u32::from(id), u32::from(id), 0, 0);
