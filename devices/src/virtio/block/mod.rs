@@ -370,7 +370,11 @@ impl Block {
     fn submit(&mut self, live: &mut Live, turn: &mut Turn) -> Result<(), Fault> {
         while self.uring.as_mut().is_some_and(Uring::has_unsubmitted) {
             match self.uring.as_mut().map_or(Ok(()), Uring::submit) {
-                Ok(()) => self.complete(live)?,
+                Ok(()) => {
+                    // Most of what is in the page cache completes in the call: that needs no turn of its own.
+                    self.uring.iter().for_each(Uring::acknowledge);
+                    self.complete(live)?;
+                }
                 Err(Errno::AGAIN | Errno::BUSY) => {
                     turn.next = Some(SUBMIT_AGAIN);
                     return Ok(());
