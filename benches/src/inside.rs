@@ -1,6 +1,6 @@
 //! Runs guests under both monitors, in turns. A boot is timed from the start of
 //! the monitor to its end. To measure devices a guest of each monitor stays up,
-//! and they take turns of a second: a machine that is busy for a while is so to
+//! and they take turns of half a second: a machine that is busy for a while is so to
 //! both. The one whose turn it is not is idle.
 //!
 //! Everything is copied to memory first, so that neither monitor waits for a

@@ -11,7 +11,7 @@ use cofferdam_tests::place;
 /// Numbers of runs: more make the medians steadier, and `make bench` longer.
 const STARTS: usize = 100;
 const BOOTS: usize = 5;
-const DEVICES: usize = 15;
+const DEVICES: usize = 30;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();

@@ -24,7 +24,7 @@ const O_DIRECT: i32 = 0o40000;
 #[derive(Parser)]
 struct Arguments {
     /// How long each measurement takes, milliseconds
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 500)]
     time: u64,
     /// A disk, which is overwritten
     disk: PathBuf,
