@@ -19,8 +19,11 @@ use rustix::process::{Pid, Signal, kill_process};
 /// How long anything may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A kernel that does nothing but `jmp $`, entered by the 64-bit protocol.
-fn kernel(folder: &Path) -> PathBuf {
+/// `jmp $`
+const SPIN: &[u8] = &[0xeb, 0xfe];
+
+/// A kernel of a few instructions, entered by the 64-bit protocol.
+fn kernel(folder: &Path, code: &[u8]) -> PathBuf {
     let mut elf = vec![0; 0x1000];
     let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, b"\x7fELF\x02\x01\x01");
@@ -35,15 +38,15 @@ fn kernel(folder: &Path) -> PathBuf {
     put(0x60, &16_u64.to_le_bytes()); // size in file and memory
     put(0x68, &16_u64.to_le_bytes());
     put(0x70, &0x1000_u64.to_le_bytes()); // alignment
-    put(0x800, &[0xeb, 0xfe]);
+    put(0x800, code);
     let path = folder.join("kernel");
     fs::write(&path, elf).unwrap();
     path
 }
 
-/// A configuration of that kernel, with more fields.
+/// A configuration of a kernel that does nothing, with more fields.
 fn config(folder: &Path, more: &str) -> PathBuf {
-    let kernel = kernel(folder);
+    let kernel = kernel(folder, SPIN);
     let path = folder.join("config.json");
     let text = format!(
         r#"{{"boot-source": {{"kernel_image_path": {kernel:?}}}, "serial": {{"mode": "None"}}, "stop_timeout_ms": 50{more}}}"#
@@ -65,6 +68,7 @@ fn wait(child: &mut Child) -> ExitStatus {
             Some(status) => return status,
             None if Instant::now() > end => {
                 let _ = child.kill();
+                let _ = child.wait();
                 panic!("the monitor does not end");
             }
             None => thread::sleep(Duration::from_millis(2)),
@@ -104,6 +108,12 @@ fn outcome(reader: &mut impl BufRead) -> Outcome {
     }
 }
 
+/// What the threads of a process have run.
+fn cpu_time(child: &Child) -> String {
+    let tasks = fs::read_dir(format!("/proc/{}/task", child.id())).unwrap().flatten();
+    tasks.map(|task| fs::read_to_string(task.path().join("schedstat")).unwrap_or_default()).collect()
+}
+
 #[test]
 fn a_signal_at_any_moment_stops_the_domain_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
@@ -130,6 +140,44 @@ fn a_signal_ends_the_wait_for_a_configuration() {
     thread::sleep(Duration::from_millis(50));
     send(&child, Signal::TERM);
     assert_eq!(wait(&mut child).signal(), Some(Signal::TERM.as_raw()));
+}
+
+#[test]
+fn a_reader_that_does_not_read_the_console_does_not_keep_the_domain() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = fs::read_to_string(config(folder.path(), "")).unwrap();
+    // mov dx, 0x3f8; out dx, al; jmp to the out
+    kernel(folder.path(), &[0x66, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xfd]);
+    let path = folder.path().join("stdio.json");
+    fs::write(&path, text.replace(r#"{"mode": "None"}"#, r#"{"mode": "Stdio"}"#)).unwrap();
+    let (reader, writer) = status_pipe();
+    let status_file = format!("fd:{}", writer.as_raw_fd());
+    let mut command = monitor(path.display());
+    let mut child = command.args(["--status-file", &status_file]).stdout(Stdio::piped()).spawn().unwrap();
+    drop(writer);
+    let mut status = BufReader::new(File::from(reader));
+    assert!(matches!(event(&mut status), Event::Running { .. }));
+    let mut stdout = child.stdout.take().unwrap();
+    let end = Instant::now() + PATIENCE;
+    let (mut last, mut still) = (String::new(), 0);
+    // When the pipe is full and no thread runs any more, the vCPU waits for room.
+    while rustix::io::ioctl_fionread(&stdout).unwrap() < 32 << 10 || still < 5 {
+        assert!(Instant::now() < end, "the guest does not fill the pipe");
+        thread::sleep(Duration::from_millis(50));
+        let now = cpu_time(&child);
+        still = if now == last { still + 1 } else { 0 };
+        last = now;
+    }
+    send(&child, Signal::TERM);
+    // The domain has stopped, and what it printed is offered once more.
+    thread::sleep(Duration::from_millis(300));
+    let printed = thread::spawn(move || {
+        let mut printed = Vec::new();
+        stdout.read_to_end(&mut printed).map(|_| printed.len())
+    });
+    assert_eq!(wait(&mut child).code(), Some(143));
+    assert!(printed.join().unwrap().unwrap() > 32 << 10);
+    assert_eq!(outcome(&mut status).exit_reason, ExitReason::Stopped);
 }
 
 #[test]
