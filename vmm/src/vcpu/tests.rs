@@ -150,14 +150,19 @@ fn a_kick_counts_where_its_signal_was_blocked_by_whoever_started_us() {
     guest.end();
 }
 
-/// CPU time of this process's thread `name`, nanoseconds.
+/// CPU time of this process's thread `name`, nanoseconds. A new thread takes a moment to name itself.
 fn cpu_time(name: &str) -> u64 {
-    let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
-    let is_it =
-        |path: &Path| std::fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim() == name);
-    let path = tasks.map(|task| task.path()).find(|path| is_it(path)).unwrap();
-    let text = std::fs::read_to_string(path.join("schedstat")).unwrap();
-    text.split(' ').next().unwrap().parse().unwrap()
+    let mut time = None;
+    wait_for(|| {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+        time = tasks.map(|task| task.path()).find_map(|path| {
+            let comm = std::fs::read_to_string(path.join("comm")).ok()?;
+            let text = std::fs::read_to_string(path.join("schedstat")).ok()?;
+            (comm.trim() == name).then(|| text.split(' ').next()?.parse().ok())?
+        });
+        time.is_some()
+    });
+    time.unwrap()
 }
 
 #[test]
