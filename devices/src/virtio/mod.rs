@@ -17,8 +17,8 @@ pub mod block;
 pub mod chain;
 pub mod mmio;
 mod registers;
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(any(test, feature = "test-support"))]
+pub mod testing;
 pub mod used;
 pub mod vsock;
 

@@ -1,4 +1,7 @@
 //! The driver's side, for tests: rings written by hand, and an interrupt line that counts.
+//!
+//! The fuzz targets (`tests/fuzz`) use it too, by the feature `test-support`, which the monitor never enables.
+#![allow(clippy::unwrap_used)] // a test that has set itself up wrongly should stop
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

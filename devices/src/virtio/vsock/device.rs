@@ -94,6 +94,13 @@ impl Vsock {
         Ok(Self { guest_cid, muxer, active: None })
     }
 
+    /// Connections, handshakes, refusals and turns, and the sum of all windows in bytes: what the guest must not
+    /// make grow without bound.
+    #[cfg(feature = "test-support")]
+    pub fn load(&self) -> ((usize, usize, usize, usize), u64) {
+        (self.muxer.counts(), self.muxer.reserved())
+    }
+
     /// Moves packets until there is nothing to move, or others must have their turn.
     fn run(&mut self) {
         let Some(active) = &mut self.active else { return };

@@ -424,7 +424,7 @@ impl<H: Host> Muxer<H> {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "test-support"))]
 impl<H: Host> Muxer<H> {
     /// Connections, handshakes, refusals, turns: what is bounded.
     pub fn counts(&self) -> (usize, usize, usize, usize) {
@@ -435,7 +435,10 @@ impl<H: Host> Muxer<H> {
     pub fn reserved(&self) -> u64 {
         self.reserved
     }
+}
 
+#[cfg(test)]
+impl<H: Host> Muxer<H> {
     /// The ports of all connections.
     pub fn all_ports(&self) -> Vec<Ports> {
         self.connections.keys().copied().collect()
