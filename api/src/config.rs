@@ -268,6 +268,7 @@ pub enum PlatformChoice {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn minimal() -> DomainConfig {
         DomainConfig::from_json(br#"{"boot-source": {"kernel_image_path": "vmlinux"}}"#).unwrap()
@@ -353,5 +354,78 @@ mod tests {
     fn block_device_names_are_those_of_linux() {
         let names: Vec<String> = [0, 25, 26, 51, 52, 63, 701, 702].map(block_device_name).into();
         assert_eq!(names, ["vda", "vdz", "vdaa", "vdaz", "vdba", "vdbl", "vdzz", "vdaaa"]);
+    }
+
+    const EVERYTHING: &str = r#"{"machine-config": {"vcpu_count": 2, "mem_size_mib": 256},
+        "boot-source": {"kernel_image_path": "k", "initrd_path": "i", "boot_args": "a", "boot_protocol": "pvh"},
+        "drives": [{"drive_id": "a", "path_on_host": "d", "is_root_device": true, "is_read_only": true,
+            "cache_type": "Unsafe", "io_engine": "Sync", "block_size": 4096,
+            "rate_limiter": {"bandwidth": {"size": 1, "one_time_burst": 2, "refill_time": 3}}}],
+        "vsock": {"guest_cid": 3, "uds_path": "v"}, "serial": {"mode": "File", "serial_out_path": "s"},
+        "confidential": {"platform": "plain"}, "stop_timeout_ms": 5}"#;
+
+    #[derive(Clone, Debug)]
+    enum Change {
+        Byte(usize, u8),
+        Insert(usize, String),
+        Cut(usize, usize),
+    }
+
+    fn changes() -> impl Strategy<Value = Vec<Change>> {
+        let at = || 0..EVERYTHING.len();
+        let text = prop_oneof![
+            any::<u64>().prop_map(|number| number.to_string()),
+            any::<f64>().prop_map(|number| format!("{number:e}")),
+            (0..200_usize).prop_map(|depth| "[".repeat(depth)),
+            (0..5000_usize).prop_map(|length| "x".repeat(length)),
+            "[\\[\\]{}\",:0-9nulltrefas\\\\-]{1,4}",
+        ];
+        let change = prop_oneof![
+            (at(), any::<u8>()).prop_map(|(at, byte)| Change::Byte(at, byte)),
+            (at(), text).prop_map(|(at, text)| Change::Insert(at, text)),
+            (at(), 1..20_usize).prop_map(|(at, length)| Change::Cut(at, length)),
+        ];
+        proptest::collection::vec(change, 0..3)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Whatever a client writes: refused in words, or something that stays the same when it is written and read
+        /// again, and that is within the limits once it was found good.
+        #[test]
+        fn a_configuration_is_refused_or_kept(changes in changes()) {
+            let mut text = EVERYTHING.as_bytes().to_vec();
+            for change in changes {
+                match change {
+                    Change::Byte(at, byte) => text.iter_mut().skip(at).take(1).for_each(|place| *place = byte),
+                    Change::Insert(at, bytes) => {
+                        let at = at.min(text.len());
+                        text.splice(at..at, bytes.into_bytes());
+                    }
+                    Change::Cut(at, length) => {
+                        let at = at.min(text.len());
+                        text.drain(at..(at + length).min(text.len()));
+                    }
+                }
+            }
+            match DomainConfig::from_json(&text) {
+                Err(error) => prop_assert!(!error.to_string().is_empty()),
+                Ok(config) => {
+                    let written = serde_json::to_vec(&config).unwrap();
+                    prop_assert_eq!(&DomainConfig::from_json(&written).unwrap(), &config);
+                    if config.validate().is_ok() {
+                        prop_assert!(config.command_line().len() <= crate::validate::MAX_COMMAND_LINE);
+                        prop_assert!((1..=32).contains(&config.machine.vcpu_count));
+                        prop_assert!(config.vsock.is_none_or(|vsock| vsock.guest_cid >= 3));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_configuration_that_is_changed_is_good() {
+        DomainConfig::from_json(EVERYTHING.as_bytes()).unwrap().validate().unwrap();
     }
 }

@@ -1,7 +1,8 @@
 //! The driver's side, for tests: rings written by hand, and an interrupt line that counts.
 //!
 //! The fuzz targets (`tests/fuzz`) use it too, by the feature `test-support`, which the monitor never enables.
-#![allow(clippy::unwrap_used)] // a test that has set itself up wrongly should stop
+// A test that has set itself up wrongly should stop.
+#![allow(clippy::unwrap_used, clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

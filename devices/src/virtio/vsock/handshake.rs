@@ -89,6 +89,7 @@ fn parse(line: &[u8]) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
@@ -153,5 +154,47 @@ mod tests {
         let (mut handshake, _program) = pair();
         let ticks = (1..100).find(|_| handshake.tick());
         assert_eq!(ticks, Some(PATIENCE));
+    }
+
+    /// What programs send first: mostly something like the line.
+    fn first_bytes() -> impl Strategy<Value = Vec<u8>> {
+        prop_oneof![
+            proptest::collection::vec(any::<u8>(), 0..80),
+            "[Cc](ONNECT|onnect) {0,20}[0-9]{0,12} ?\r?\n[a-z\n]{0,8}".prop_map(String::into_bytes),
+            any::<u32>().prop_map(|port| format!("CONNECT {port}\nrest").into_bytes()),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Whatever comes in whatever pieces: the outcome is that of the first line alone, and what follows a good
+        /// one is left in the socket.
+        #[test]
+        fn only_the_first_line_counts(bytes in first_bytes(), piece in 1..40_usize) {
+            let (mut handshake, mut program) = pair();
+            let mut progress = Progress::Incomplete;
+            let mut sent = 0;
+            for part in bytes.chunks(piece) {
+                if progress == Progress::Incomplete {
+                    program.write_all(part).unwrap();
+                    sent += part.len();
+                    progress = handshake.advance();
+                }
+            }
+            let line = bytes.iter().take(MAX_LINE).position(|&byte| byte == b'\n').map(|end| &bytes[..=end]);
+            match line {
+                None if bytes.len() < MAX_LINE => prop_assert_eq!(progress, Progress::Incomplete),
+                None => prop_assert_eq!(progress, Progress::Failed),
+                Some(line) => {
+                    prop_assert_eq!(progress, parse(line).map_or(Progress::Failed, Progress::Port));
+                    let mut rest = Vec::new();
+                    program.shutdown(std::net::Shutdown::Write).unwrap();
+                    handshake.stream.set_nonblocking(false).unwrap();
+                    handshake.stream.read_to_end(&mut rest).unwrap();
+                    prop_assert_eq!(rest, &bytes[line.len()..sent]);
+                }
+            }
+        }
     }
 }

@@ -129,6 +129,7 @@ impl Vectors {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::io::{Read, Write};
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
@@ -202,5 +203,53 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         assert_eq!(run.send(ours.as_fd()).unwrap(), MAX_VECTORS * 2);
         assert_eq!(run.clone().after(MAX_VECTORS as u64 * 2).send(ours.as_fd()).unwrap(), 12);
+    }
+
+    /// How much is cut off, from nothing to more than there can be.
+    fn cut() -> impl Strategy<Value = u64> {
+        prop_oneof![8 => 0..0x800_u64, 1 => any::<u64>(), 1 => Just(u64::MAX)]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// However bytes lie and are cut, the run is that part of them.
+        #[test]
+        fn a_run_is_a_part_of_the_segments_bytes(
+            segments in proptest::collection::vec((0..0x1e00_u64, 1..0x200_u32), 0..80),
+            cuts in proptest::collection::vec((any::<bool>(), cut()), 0..4),
+        ) {
+            let memory = memory();
+            let content: Vec<u8> = (0..0x2000_u32).map(|at| ((at * 7) >> 3) as u8).collect();
+            memory.write_slice(&content, GuestAddress(0)).unwrap();
+            let segments: Vec<Segment> = segments.iter().map(|&(start, length)| segment(start, length)).collect();
+            let parts = |segments: &[Segment]| -> Vec<u8> {
+                let range = |s: &Segment| s.address.0 as usize..s.address.0 as usize + s.length as usize;
+                segments.iter().flat_map(|s| content[range(s)].to_vec()).collect()
+            };
+            let mut expected = parts(&segments);
+            let mut run = GuestBytes::new(&memory, &segments);
+            for (front, count) in cuts {
+                let inside = usize::try_from(count).unwrap().min(expected.len());
+                if front {
+                    run = run.after(count);
+                    expected.drain(..inside);
+                } else {
+                    run = run.first(count);
+                    expected.truncate(inside);
+                }
+            }
+            prop_assert_eq!(run.len(), expected.len() as u64);
+            let mut out = vec![0; expected.len() + 3];
+            prop_assert_eq!(run.read(&mut out), expected.len());
+            prop_assert_eq!(&out[..expected.len()], &expected[..]);
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let sent = run.send(ours.as_fd()).unwrap();
+            prop_assert!(sent == expected.len() || sent > 0 && segments.len() > MAX_VECTORS);
+            drop(ours);
+            let mut out = Vec::new();
+            theirs.read_to_end(&mut out).unwrap();
+            prop_assert_eq!(out, &expected[..sent]);
+        }
     }
 }
