@@ -44,6 +44,7 @@ struct Domain {
 const SILENT: u32 = 7;
 const CROWDED: u32 = 9;
 const EAGER: u32 = 10;
+const AS_CROWDED: u32 = 11;
 
 /// What a monitor holds.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +68,7 @@ impl Domain {
             run = run.with("drive", format!("path={}", path.display()));
         }
         let listen = |port| UnixListener::bind(directory.path().join(format!("v.sock_{port}"))).unwrap();
-        let programs = [SILENT, CROWDED].map(listen).into();
+        let programs = [SILENT, CROWDED, AS_CROWDED].map(listen).into();
         let mut running = run.start();
         let stdin = running.stdin();
         Self { running, stdin, directory, _programs: programs }
@@ -92,6 +93,13 @@ fn held(monitor: Pid) -> Option<Held> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let memory = line.trim().trim_end_matches(" kB").parse().ok()?;
     Some(Held { memory, descriptors: fs::read_dir(process.join("fd")).ok()?.count() })
+}
+
+/// Whether `monitor` still runs its guest.
+fn has_vcpus(monitor: Pid) -> bool {
+    let tasks = fs::read_dir(format!("/proc/{monitor}/task")).unwrap();
+    let is_vcpu = |task: &Path| fs::read_to_string(task.join("comm")).is_ok_and(|n| n.starts_with("vcpu"));
+    tasks.into_iter().any(|task| is_vcpu(&task.unwrap().path()))
 }
 
 /// Runs one case from "ready" to "done".
@@ -299,6 +307,10 @@ fn a_flood_on_the_console_waits_for_its_reader() {
     }
     let held = held(running.monitor_pid()).unwrap();
     assert!(held.memory <= MEMORY, "{held:?}");
+    assert!(
+        has_vcpus(running.monitor_pid()),
+        "the guest has ended, so more was taken than there is room for"
+    );
 
     let mut flood = Vec::new();
     while flood.len() < FLOOD {
