@@ -161,7 +161,7 @@ fn broken_chains_cost_the_device() {
             "address-wraps",
             "huge-descriptor",
             "huge-chain",
-            "writable-first",
+            "readable-after-writable",
             "no-status",
             "short-header",
         ],

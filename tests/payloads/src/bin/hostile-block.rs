@@ -44,7 +44,7 @@ enum Attack {
 const CASES: &[(&str, Attack)] = &[
     ("loop", Attack::Chain(|d| d.queue.describe(1, d.data(), SECTOR, WRITE_NEXT, 1))),
     ("loop-from-start", Attack::Chain(|d| d.queue.describe(0, d.header(), 16, flag::NEXT, 0))),
-    ("next-outside-table", Attack::Chain(|d| d.queue.describe(1, d.data(), SECTOR, WRITE_NEXT, SIZE))),
+    ("next-outside-table", Attack::Chain(next_outside_table)),
     ("head-outside-table", Attack::Any(head_outside_table)),
     ("available-index-jumps", Attack::Any(available_index_jumps)),
     ("zero-length", Attack::Chain(|d| d.queue.describe(1, d.data(), 0, WRITE_NEXT, 2))),
@@ -55,19 +55,16 @@ const CASES: &[(&str, Attack)] = &[
     ("huge-descriptor", Attack::Chain(|d| d.queue.describe(1, d.data(), u32::MAX, WRITE_NEXT, 2))),
     ("huge-chain", Attack::Any(huge_chain)),
     ("large-request", Attack::Any(large_request)),
-    ("writable-first", Attack::Chain(|d| d.queue.describe(0, d.header(), 16, WRITE_NEXT, 1))),
+    ("readable-after-writable", Attack::Chain(readable_after_writable)),
     ("no-status", Attack::Chain(|d| d.queue.describe(0, d.header(), 16, 0, 0))),
     ("short-header", Attack::Chain(|d| d.queue.describe(0, d.header(), 15, flag::NEXT, 1))),
-    ("indirect-in-indirect", Attack::Indirect(|d| describe_in(d.table(), 1, FREE, 32, flag::INDIRECT, 0))),
+    ("indirect-in-indirect", Attack::Indirect(indirect_in_indirect)),
     ("indirect-in-itself", Attack::Indirect(|d| describe_in(d.table(), 0, d.table(), 48, flag::INDIRECT, 0))),
     ("indirect-loop", Attack::Indirect(|d| describe_in(d.table(), 1, d.data(), SECTOR, WRITE_NEXT, 1))),
-    (
-        "indirect-next-outside",
-        Attack::Indirect(|d| describe_in(d.table(), 1, d.data(), SECTOR, WRITE_NEXT, 3)),
-    ),
+    ("indirect-next-outside", Attack::Indirect(indirect_next_outside)),
     ("indirect-with-next", Attack::Indirect(|d| indirect(d, d.table(), 48, flag::NEXT))),
     ("indirect-empty", Attack::Indirect(|d| indirect(d, d.table(), 0, 0))),
-    ("indirect-odd-length", Attack::Indirect(|d| indirect(d, d.table(), 47, 0))),
+    ("indirect-odd-length", Attack::Indirect(|d| indirect(d, d.table(), 56, 0))),
     ("indirect-too-long", Attack::Indirect(|d| indirect(d, d.table(), 16 * 257, 0))),
     ("indirect-huge", Attack::Indirect(|d| indirect(d, d.table(), u32::MAX - 15, 0))),
     ("indirect-beyond-memory", Attack::Indirect(|d| indirect(d, MIN_MEMORY, 48, 0))),
@@ -157,8 +154,33 @@ fn expect_refused(disk: &mut Disk) {
     assert!(disk.device.needs_reset(), "it stays so");
 }
 
+/// The chain would be good without its third descriptor.
+fn readable_after_writable(disk: &Disk) {
+    disk.queue.describe(2, disk.header(), 16, flag::NEXT, 3);
+    disk.queue.describe(3, disk.status(), 1, flag::WRITE, 0);
+}
+
+// What the next cases refer to beyond a table is good, if only it were in the table.
+
+fn next_outside_table(disk: &Disk) {
+    disk.queue.describe(1, disk.data(), SECTOR, WRITE_NEXT, SIZE);
+    disk.queue.describe(SIZE, disk.status(), 1, flag::WRITE, 0);
+}
+
+fn indirect_next_outside(disk: &Disk) {
+    describe_in(disk.table(), 1, disk.data(), SECTOR, WRITE_NEXT, 3);
+    describe_in(disk.table(), 3, disk.status(), 1, flag::WRITE, 0);
+}
+
+fn indirect_in_indirect(disk: &Disk) {
+    describe_in(disk.table(), 1, FREE, 32, flag::INDIRECT, 0);
+    describe_in(FREE, 0, disk.data(), SECTOR, WRITE_NEXT, 1);
+    describe_in(FREE, 1, disk.status(), 1, flag::WRITE, 0);
+}
+
 fn head_outside_table(disk: &mut Disk) {
     good_chain(disk);
+    disk.queue.describe(SIZE, disk.header(), 16, flag::NEXT, 1);
     break_by(disk, SIZE);
 }
 
