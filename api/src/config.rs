@@ -14,6 +14,7 @@ pub const MAX_CONFIG_SIZE: usize = 1 << 20;
 /// The whole configuration of a domain.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "WireDomain")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct DomainConfig {
     /// vCPUs and memory.
     #[serde(rename = "machine-config")]
@@ -91,6 +92,7 @@ pub fn block_device_name(index: usize) -> String {
 /// vCPUs and memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "WireMachine")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct MachineConfig {
     /// Number of vCPUs, 1 to 32.
     pub vcpu_count: u8,
@@ -107,6 +109,7 @@ impl Default for MachineConfig {
 /// What is started.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct BootSource {
     /// An ELF kernel (`vmlinux`) or a bzImage.
     pub kernel_image_path: PathBuf,
@@ -124,6 +127,7 @@ pub struct BootSource {
 /// How an ELF kernel is entered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum BootProtocol {
     /// PVH if the kernel has a note that offers it, else the 64-bit protocol.
     #[default]
@@ -140,6 +144,7 @@ pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=a panic=-1 pci=off"
 /// A block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "WireDrive")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Drive {
     /// Name of the drive, unique in the domain; the guest reads its first 20 bytes as the serial number.
     pub drive_id: String,
@@ -166,6 +171,7 @@ pub(crate) fn default_block_size() -> u32 {
 
 /// Whether a flush of the guest reaches the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum CacheType {
     /// The device offers no flush; the host writes back when it likes.
     Unsafe,
@@ -177,6 +183,7 @@ pub enum CacheType {
 
 /// How a drive's file is read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum IoEngine {
     /// io_uring where the host has it, else `preadv` and `pwritev`.
     #[default]
@@ -190,6 +197,7 @@ pub enum IoEngine {
 /// Limits of a drive: two token buckets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct RateLimiter {
     /// Tokens are bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -202,6 +210,7 @@ pub struct RateLimiter {
 /// A token bucket: `size` tokens refill in `refill_time` milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct TokenBucket {
     /// Tokens in the full bucket.
     pub size: u64,
@@ -215,6 +224,7 @@ pub struct TokenBucket {
 /// The vsock device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "WireVsock")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Vsock {
     /// Context id of the guest, 3 or more.
     pub guest_cid: u32,
@@ -225,6 +235,7 @@ pub struct Vsock {
 /// The serial console. With neither field it is standard input and output.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "WireSerial")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Serial {
     /// Where the guest's output goes.
     pub mode: SerialMode,
@@ -235,6 +246,7 @@ pub struct Serial {
 
 /// Where the serial console goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum SerialMode {
     /// Standard input and output of the monitor.
     #[default]
@@ -248,6 +260,7 @@ pub enum SerialMode {
 /// How the domain is protected.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Confidential {
     /// The platform asked for.
     #[serde(default)]
@@ -257,6 +270,7 @@ pub struct Confidential {
 /// The platform asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum PlatformChoice {
     /// The best that the host has and this monitor drives (today: plain).
     #[default]

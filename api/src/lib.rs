@@ -3,6 +3,15 @@
 //!
 //! Field names and defaults are Firecracker's where the meaning is the same,
 //! so that its configuration files are read unchanged.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`config`], [`validate`] | the configuration of a domain |
+//! | [`draft`], [`requests`] | how clients put one together; other bodies of requests |
+//! | [`actions`] | everything that can be asked of a monitor |
+//! | [`router`], [`openapi`] | which request asks for what, and the document that says so |
+//! | `server` (a feature) | HTTP on a Unix socket |
+//! | [`status`] | what the monitor says of a domain |
 
 // Nothing that a guest, a file or a client chooses may panic the monitor. (`unwrap` and its like are the workspace's.)
 #![cfg_attr(
@@ -15,7 +24,14 @@
     )
 )]
 
+pub mod actions;
 pub mod config;
+pub mod draft;
+pub mod openapi;
+pub mod requests;
+pub mod router;
+#[cfg(feature = "server")]
+pub mod server;
 pub mod status;
 pub mod validate;
 mod wire;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 /// The platform a domain runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum Platform {
     /// An ordinary virtual machine: not protected.
     Plain,
@@ -17,6 +18,7 @@ pub enum Platform {
 /// Why a domain stopped, or why it never ran.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum ExitReason {
     /// The guest powered itself off.
     PowerOff,
@@ -81,6 +83,73 @@ impl Outcome {
     /// See [`ExitReason::process_exit_code`].
     pub fn process_exit_code(&self) -> u8 {
         self.exit_reason.process_exit_code(self.exit_code)
+    }
+}
+
+/// What a domain is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub enum VmState {
+    /// It is being configured.
+    #[serde(rename = "Not started")]
+    NotStarted,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs are held.
+    Paused,
+    /// It has ended, or was never started and now cannot be.
+    Stopped,
+}
+
+/// What `GET /` says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct InstanceInfo {
+    /// The monitor's name.
+    pub app_name: String,
+    /// Name of the domain.
+    pub id: String,
+    /// What it is doing.
+    pub state: VmState,
+    /// The monitor's version.
+    pub vmm_version: String,
+}
+
+/// What `GET /vm` and `GET /vm/wait` say.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct VmStatus {
+    /// Name of the domain.
+    pub id: String,
+    /// What it is doing.
+    pub state: VmState,
+    /// The platform it runs on; null when it has none yet.
+    pub platform: Option<Platform>,
+    /// Whether the platform protects it.
+    pub protected: bool,
+    /// Why it stopped; null before that.
+    pub exit_reason: Option<ExitReason>,
+    /// The guest's exit code, if it gave one.
+    pub exit_code: Option<u8>,
+    /// One sentence for a person on the end.
+    pub message: Option<String>,
+    /// Name of each phase of the launch to microseconds since the start.
+    pub phases: Phases,
+}
+
+impl VmStatus {
+    /// That of domain `id`, which has stopped.
+    pub fn stopped(id: &str, outcome: Outcome) -> Self {
+        Self {
+            id: id.to_owned(),
+            state: VmState::Stopped,
+            platform: outcome.platform,
+            protected: outcome.protected,
+            exit_reason: Some(outcome.exit_reason),
+            exit_code: outcome.exit_code,
+            message: Some(outcome.message),
+            phases: outcome.phases,
+        }
     }
 }
 

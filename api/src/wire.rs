@@ -13,10 +13,12 @@ use crate::config::{
     BootSource, CacheType, Confidential, DomainConfig, Drive, IoEngine, MachineConfig, RateLimiter, Serial,
     SerialMode, Vsock, default_block_size, default_stop_timeout_ms,
 };
+use crate::requests::MachinePatch;
 use crate::validate::{ConfigError, VCPU_COUNT};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "DomainConfig"))]
 pub(crate) struct WireDomain {
     #[serde(rename = "machine-config", default)]
     machine: MachineConfig,
@@ -34,22 +36,31 @@ pub(crate) struct WireDomain {
     stop_timeout_ms: u64,
 
     #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
     balloon: Value,
     #[serde(rename = "cpu-config", default)]
+    #[cfg_attr(test, schemars(skip))]
     cpu_config: Value,
     #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
     entropy: Value,
     #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
     logger: Value,
     #[serde(rename = "memory-hotplug", default)]
+    #[cfg_attr(test, schemars(skip))]
     memory_hotplug: Value,
     #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
     metrics: Value,
     #[serde(rename = "mmds-config", default)]
+    #[cfg_attr(test, schemars(skip))]
     mmds_config: Value,
     #[serde(rename = "network-interfaces", default)]
+    #[cfg_attr(test, schemars(skip))]
     network_interfaces: Value,
     #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
     pmem: Value,
 }
 
@@ -82,17 +93,22 @@ impl TryFrom<WireDomain> for DomainConfig {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "MachineConfig"))]
 pub(crate) struct WireMachine {
     vcpu_count: u64,
     mem_size_mib: u64,
 
     #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
     cpu_template: Value,
     #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
     huge_pages: Value,
     #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
     smt: Value,
     #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
     track_dirty_pages: Value,
 }
 
@@ -106,18 +122,60 @@ impl TryFrom<WireMachine> for MachineConfig {
             ("machine-config.smt", wire.smt),
             ("machine-config.track_dirty_pages", wire.track_dirty_pages),
         ])?;
-        // A number that `u8` cannot hold is refused as any other out of the range is, by the field's name.
-        let vcpu_count = u8::try_from(wire.vcpu_count).map_err(|_| {
-            let (min, max) = VCPU_COUNT;
-            let field = "machine-config.vcpu_count".to_owned();
-            ConfigError::OutOfRange { field, value: wire.vcpu_count, min, max }.to_string()
-        })?;
+        let vcpu_count = vcpu_count(wire.vcpu_count).map_err(|error| error.to_string())?;
         Ok(Self { vcpu_count, mem_size_mib: wire.mem_size_mib })
+    }
+}
+
+/// A number that `u8` cannot hold is refused as any other out of the range is, by the field's name.
+pub(crate) fn vcpu_count(value: u64) -> Result<u8, ConfigError> {
+    u8::try_from(value).map_err(|_| {
+        let (min, max) = VCPU_COUNT;
+        ConfigError::OutOfRange { field: "machine-config.vcpu_count".to_owned(), value, min, max }
+    })
+}
+
+/// [`WireMachine`] whose every field may be left out.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "MachinePatch"))]
+pub(crate) struct WireMachinePatch {
+    #[serde(default)]
+    vcpu_count: Option<u64>,
+    #[serde(default)]
+    mem_size_mib: Option<u64>,
+
+    #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
+    cpu_template: Value,
+    #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
+    huge_pages: Value,
+    #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
+    smt: Value,
+    #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
+    track_dirty_pages: Value,
+}
+
+impl TryFrom<WireMachinePatch> for MachinePatch {
+    type Error = String;
+
+    fn try_from(wire: WireMachinePatch) -> Result<Self, String> {
+        refuse([
+            ("machine-config.cpu_template", wire.cpu_template),
+            ("machine-config.huge_pages", wire.huge_pages),
+            ("machine-config.smt", wire.smt),
+            ("machine-config.track_dirty_pages", wire.track_dirty_pages),
+        ])?;
+        Ok(Self { vcpu_count: wire.vcpu_count, mem_size_mib: wire.mem_size_mib })
     }
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Drive"))]
 pub(crate) struct WireDrive {
     drive_id: String,
     path_on_host: PathBuf,
@@ -135,8 +193,10 @@ pub(crate) struct WireDrive {
     rate_limiter: Option<RateLimiter>,
 
     #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
     partuuid: Value,
     #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
     socket: Value,
 }
 
@@ -161,10 +221,12 @@ impl TryFrom<WireDrive> for Drive {
 /// Firecracker's `vsock_id` is a name that nothing reads any more.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Vsock"))]
 pub(crate) struct WireVsock {
     guest_cid: u32,
     uds_path: PathBuf,
     #[serde(default, rename = "vsock_id")]
+    #[cfg_attr(test, schemars(skip))]
     _vsock_id: Option<String>,
 }
 
@@ -177,6 +239,7 @@ impl From<WireVsock> for Vsock {
 /// A path without a mode, which is all that Firecracker's has, means mode `File`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Serial"))]
 pub(crate) struct WireSerial {
     #[serde(default)]
     mode: Option<SerialMode>,

@@ -1,0 +1,85 @@
+//! Bodies of requests that are not part of a configuration.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use crate::config::{MachineConfig, RateLimiter};
+use crate::validate::ConfigError;
+use crate::wire::{WireMachinePatch, vcpu_count};
+
+/// Body of `PUT /actions`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct InstanceAction {
+    /// What to do.
+    pub action_type: ActionType,
+}
+
+/// What `PUT /actions` can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub enum ActionType {
+    /// Starts the domain.
+    InstanceStart,
+    /// Presses the domain's power button.
+    SendCtrlAltDel,
+    /// Not supported: there are no metrics yet.
+    FlushMetrics,
+}
+
+/// Body of `PATCH /vm`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct StateChange {
+    /// The state that is wanted.
+    pub state: WantedState,
+}
+
+/// The states that `PATCH /vm` can ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub enum WantedState {
+    /// The vCPUs are held.
+    Paused,
+    /// The vCPUs run.
+    Resumed,
+}
+
+/// Body of `PATCH /machine-config`: what is left out stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "WireMachinePatch")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct MachinePatch {
+    /// Number of vCPUs.
+    pub vcpu_count: Option<u64>,
+    /// Guest memory in MiB.
+    pub mem_size_mib: Option<u64>,
+}
+
+impl MachinePatch {
+    /// `machine` with what the patch says.
+    pub fn apply(self, machine: &MachineConfig) -> Result<MachineConfig, ConfigError> {
+        Ok(MachineConfig {
+            vcpu_count: self.vcpu_count.map_or(Ok(machine.vcpu_count), vcpu_count)?,
+            mem_size_mib: self.mem_size_mib.unwrap_or(machine.mem_size_mib),
+        })
+    }
+}
+
+/// Body of `PATCH /drives/{drive_id}`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct DrivePatch {
+    /// Which drive.
+    pub drive_id: String,
+    /// Another file.
+    #[serde(default)]
+    pub path_on_host: Option<PathBuf>,
+    /// Other limits.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiter>,
+}

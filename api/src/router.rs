@@ -1,0 +1,300 @@
+//! Which request asks for what: one table, from which requests are served and the OpenAPI document is made.
+//!
+//! [`route`] is a pure function of method, path, query and body. Whatever it refuses is answered with 400 and a
+//! message, as Firecracker does: there is no 404.
+
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+
+use crate::actions::VmmAction;
+use crate::config::{BootSource, DomainConfig, Drive, MachineConfig, Serial, Vsock};
+use crate::requests::{ActionType, DrivePatch, InstanceAction, MachinePatch, StateChange, WantedState};
+
+/// Longest `timeout_ms` of `GET /vm/wait`, milliseconds: a day.
+pub const MAX_WAIT_MS: u64 = 24 * 60 * 60 * 1000;
+
+/// What a request asks for.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Call {
+    /// An action of the monitor.
+    Act(VmmAction),
+    /// The end of the domain, or its status after that time.
+    Wait(Option<Duration>),
+    /// The OpenAPI document.
+    Document,
+}
+
+/// Why a request asks for nothing that there is.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum RouteError {
+    /// No such path, or not with this method.
+    #[error("Invalid request method and/or path: {0} {1}.")]
+    NoRoute(String, String),
+    /// Something of Firecracker's that this monitor does not have.
+    #[error("{0}")]
+    Lacking(&'static str),
+    /// The body is missing.
+    #[error("Empty {0} request.")]
+    NoBody(String),
+    /// A body where none is read.
+    #[error("{0} request cannot have a body.")]
+    Body(String),
+    /// The body is not what the route reads.
+    #[error("An error occurred when deserializing the json body of a request: {0}.")]
+    Json(String),
+    /// Path and body name two drives.
+    #[error("The id from the path [{path}] does not match the id from the body [{body}]!")]
+    TwoIds {
+        /// In the path.
+        path: String,
+        /// In the body.
+        body: String,
+    },
+    /// A query that the route does not have, or not with that value.
+    #[error("Invalid query: {0:?}{1}")]
+    Query(String, String),
+}
+
+/// One method of one path.
+pub struct Route {
+    /// Its method.
+    pub method: &'static str,
+    /// Its path; a segment in braces stands for any one.
+    pub path: &'static str,
+    /// What it does.
+    pub summary: &'static str,
+    /// Name of the schema of its body.
+    pub body: Option<&'static str>,
+    /// Name and type of its query parameter.
+    pub query: Option<(&'static str, &'static str)>,
+    /// Name of the schema of what it answers; without one it answers 204.
+    pub answer: Option<&'static str>,
+    parse: fn(&Request) -> Result<Call, RouteError>,
+}
+
+impl Route {
+    const fn get(
+        path: &'static str,
+        summary: &'static str,
+        answer: &'static str,
+        parse: fn(&Request) -> Result<Call, RouteError>,
+    ) -> Self {
+        Self { method: "GET", path, summary, body: None, query: None, answer: Some(answer), parse }
+    }
+
+    const fn change(
+        method: &'static str,
+        path: &'static str,
+        summary: &'static str,
+        body: &'static str,
+        parse: fn(&Request) -> Result<Call, RouteError>,
+    ) -> Self {
+        Self { method, path, summary, body: Some(body), query: None, answer: None, parse }
+    }
+
+    const fn with_query(mut self, name: &'static str, schema: &'static str) -> Self {
+        self.query = Some((name, schema));
+        self
+    }
+}
+
+/// A request whose route is found.
+struct Request<'a> {
+    /// What stands for the segment in braces.
+    parameter: &'a str,
+    query: Option<&'a str>,
+    body: &'a [u8],
+}
+
+impl Request<'_> {
+    fn body<T: DeserializeOwned>(&self) -> Result<T, RouteError> {
+        serde_json::from_slice(self.body).map_err(|error| RouteError::Json(error.to_string()))
+    }
+
+    fn same_id(&self, body: &str) -> Result<(), RouteError> {
+        if self.parameter == body {
+            return Ok(());
+        }
+        Err(RouteError::TwoIds { path: self.parameter.to_owned(), body: body.to_owned() })
+    }
+
+    /// The value of query parameter `name`.
+    fn query<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>, RouteError> {
+        let Some(query) = self.query else { return Ok(None) };
+        let wrong = |hint: String| RouteError::Query(query.to_owned(), hint);
+        let value = query.strip_prefix(name).and_then(|rest| rest.strip_prefix('='));
+        let value = value.ok_or_else(|| wrong(format!("; it can only be {name}=")))?;
+        value.parse().map(Some).map_err(|_| wrong(String::new()))
+    }
+}
+
+fn act(action: VmmAction) -> Result<Call, RouteError> {
+    Ok(Call::Act(action))
+}
+
+/// Every route.
+pub const ROUTES: &[Route] = &[
+    Route::get("/", "Name, state and version of this monitor's domain", "InstanceInfo", |_| {
+        act(VmmAction::GetInstance)
+    }),
+    Route::get("/version", "Versions of the interface and of the monitor", "Version", |_| {
+        act(VmmAction::GetVersion)
+    }),
+    Route::get("/openapi.json", "This document", "Object", |_| Ok(Call::Document)),
+    Route::get("/host", "What `cofferdam host check --json` prints", "Object", |_| act(VmmAction::GetHost)),
+    Route::get("/vm/config", "The whole configuration", "Draft", |_| act(VmmAction::GetConfig)),
+    Route::get("/machine-config", "vCPUs and memory", "MachineConfig", |_| act(VmmAction::GetMachine)),
+    Route::change("PUT", "/machine-config", "Sets vCPUs and memory", "MachineConfig", |request| {
+        act(VmmAction::PutMachine(request.body::<MachineConfig>()?))
+    }),
+    Route::change("PATCH", "/machine-config", "Changes vCPUs or memory", "MachinePatch", |request| {
+        act(VmmAction::PatchMachine(request.body::<MachinePatch>()?))
+    }),
+    Route::change("PUT", "/boot-source", "Sets what is started", "BootSource", |request| {
+        act(VmmAction::PutBoot(request.body::<BootSource>()?))
+    }),
+    Route::change(
+        "PUT",
+        "/drives/{drive_id}",
+        "Adds a drive, or replaces the one of that id",
+        "Drive",
+        |request| {
+            let drive = request.body::<Drive>()?;
+            request.same_id(&drive.drive_id)?;
+            act(VmmAction::PutDrive(drive))
+        },
+    ),
+    Route::change(
+        "PATCH",
+        "/drives/{drive_id}",
+        "Not supported: a drive stays as it was at the start",
+        "DrivePatch",
+        |request| {
+            let patch = request.body::<DrivePatch>()?;
+            request.same_id(&patch.drive_id)?;
+            act(VmmAction::PatchDrive(patch))
+        },
+    ),
+    Route::change("PUT", "/vsock", "Sets the vsock device", "Vsock", |request| {
+        act(VmmAction::PutVsock(request.body::<Vsock>()?))
+    }),
+    Route::change("PUT", "/serial", "Sets where the serial console goes", "Serial", |request| {
+        act(VmmAction::PutSerial(request.body::<Serial>()?))
+    }),
+    Route::change(
+        "PUT",
+        "/actions",
+        "Starts the domain, or presses its power button",
+        "InstanceAction",
+        |request| match request.body::<InstanceAction>()?.action_type {
+            ActionType::InstanceStart => act(VmmAction::Start),
+            ActionType::SendCtrlAltDel => act(VmmAction::PressPowerButton),
+            ActionType::FlushMetrics => Err(RouteError::Lacking(
+                "FlushMetrics: metrics are not supported by this monitor; `GET /vm` has the phases of the launch",
+            )),
+        },
+    ),
+    Route::get("/vm", "State, platform, protection, end and phases of the domain", "VmStatus", |_| {
+        act(VmmAction::GetStatus)
+    }),
+    Route::get(
+        "/vm/wait",
+        "Answers when the domain has stopped, or at the time-out",
+        "VmStatus",
+        |request| match request.query("timeout_ms")? {
+            Some(timeout) if timeout > MAX_WAIT_MS => Err(RouteError::Query(
+                format!("timeout_ms={timeout}"),
+                format!("; at most {MAX_WAIT_MS} are possible"),
+            )),
+            timeout => Ok(Call::Wait(timeout.map(Duration::from_millis))),
+        },
+    )
+    .with_query("timeout_ms", "integer"),
+    Route::change(
+        "PUT",
+        "/vm",
+        "Replaces the whole configuration, and with `start=true` starts the domain",
+        "DomainConfig",
+        |request| {
+            let start = request.query("start")?.unwrap_or(false);
+            let config = Box::new(request.body::<DomainConfig>()?);
+            act(if start { VmmAction::StartWith(config) } else { VmmAction::PutConfig(config) })
+        },
+    )
+    .with_query("start", "boolean"),
+    Route::change("PATCH", "/vm", "Holds the vCPUs, or lets them run", "StateChange", |request| {
+        act(match request.body::<StateChange>()?.state {
+            WantedState::Paused => VmmAction::Pause,
+            WantedState::Resumed => VmmAction::Resume,
+        })
+    }),
+    Route {
+        method: "DELETE",
+        path: "/vm",
+        summary: "Asks for an orderly stop, with a deadline",
+        body: None,
+        query: None,
+        answer: None,
+        parse: |_| act(VmmAction::Stop),
+    },
+];
+
+/// What Firecracker has and this monitor has not, by the first segment of the path; and what to use instead.
+pub const LACKING: &[(&str, &str)] = &[
+    (
+        "network-interfaces",
+        "network-interfaces: not supported by this monitor; use the vsock device, `PUT /vsock`",
+    ),
+    (
+        "balloon",
+        "balloon: not supported by this monitor; give the domain the memory it needs, `PUT /machine-config`",
+    ),
+    ("mmds", "mmds: not supported by this monitor; pass data on a drive or over the vsock device"),
+    ("snapshot", "snapshot: not supported by this monitor; start a new domain, `PUT /vm?start=true`"),
+    ("pmem", "pmem: not supported by this monitor; use a drive, `PUT /drives/{drive_id}`"),
+    ("hotplug", "hotplug: not supported by this monitor; configure everything before the start"),
+    ("cpu-config", "cpu-config: not supported by this monitor; guests see the host's CPU"),
+    ("entropy", "entropy: not supported by this monitor; guests have the CPU's RDRAND"),
+    ("logger", "logger: not supported by this monitor; use its option --level, and read its standard error"),
+    ("metrics", "metrics: not supported by this monitor; `GET /vm` has the phases of the launch"),
+];
+
+/// What `method` on `path` with `query` and `body` asks for.
+pub fn route(method: &str, path: &str, query: Option<&str>, body: &[u8]) -> Result<Call, RouteError> {
+    let Some((route, parameter)) = ROUTES
+        .iter()
+        .filter(|route| route.method == method)
+        .find_map(|route| matches(route.path, path).map(|parameter| (route, parameter)))
+    else {
+        let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
+        return Err(match LACKING.iter().find(|(name, _)| *name == first) {
+            Some((_, message)) => RouteError::Lacking(message),
+            None => RouteError::NoRoute(method.to_owned(), path.to_owned()),
+        });
+    };
+    match (route.body, body.is_empty()) {
+        (Some(_), true) => return Err(RouteError::NoBody(method.to_owned())),
+        (None, false) => return Err(RouteError::Body(method.to_owned())),
+        _ => {}
+    }
+    if let Some(query) = query
+        && route.query.is_none()
+    {
+        return Err(RouteError::Query(query.to_owned(), "; this path has none".to_owned()));
+    }
+    (route.parse)(&Request { parameter, query, body })
+}
+
+/// What stands for the segment in braces (nothing, if there is none), if `path` is of `pattern`.
+fn matches<'a>(pattern: &str, path: &'a str) -> Option<&'a str> {
+    if pattern == path {
+        return Some("");
+    }
+    let prefix = pattern.split_once('{')?.0;
+    path.strip_prefix(prefix).filter(|rest| !rest.is_empty() && !rest.contains('/'))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,271 @@
+//! HTTP/1.1 on a Unix socket, on a thread of its own.
+//!
+//! ```text
+//! client ──request──▶ server thread ──Envelope──▶ the monitor's thread
+//!        ◀─response──               ◀──Reply────
+//! ```
+//!
+//! The thread reads requests, asks the [`router`](crate::router) what they want, and hands that to the monitor
+//! in an [`Envelope`]; the monitor answers whenever it likes, so a request that waits for the end of the domain
+//! holds up no other one.
+//!
+//! Everything that a client can make larger or longer has a limit: head, body, the time to send each, and the
+//! number of connections. A connection too many takes the place of the oldest one that does not wait for the
+//! monitor; if all do, it is told 503. So clients that are idle, slow or broken keep nobody else out.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Body, Bytes, Incoming};
+use hyper::header::{CONTENT_TYPE, HeaderValue, SERVER};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::json;
+use tokio::net::UnixStream;
+use tokio::sync::{oneshot, watch};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{sleep, timeout};
+
+use crate::actions::{ActionError, ActionResult, VmmAction, VmmData};
+use crate::openapi::DOCUMENT;
+use crate::router::{self, Call};
+
+/// Largest body that is read when nothing else is said, bytes. It is Firecracker's.
+pub const DEFAULT_MAX_PAYLOAD: usize = 51_200;
+/// Largest head of a request, bytes, and most headers in it.
+const MAX_HEAD: usize = 16 << 10;
+const MAX_HEADERS: usize = 64;
+/// How long a connection may take to send the head of its next request, and then the body.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Most connections at a time.
+const MAX_CONNECTIONS: usize = 128;
+/// How long answers under way may take when the server ends.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// Pause after a connection could not be accepted, mostly for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+const BUSY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
+
+/// An action, and where its answer goes.
+pub struct Envelope {
+    /// What is asked for.
+    pub action: VmmAction,
+    /// Where the answer goes.
+    pub reply: Reply,
+}
+
+/// Where an answer goes. Dropped without one, the client hears that the domain has stopped.
+pub struct Reply(oneshot::Sender<ActionResult>);
+
+impl Reply {
+    /// Answers. A client that has gone misses it.
+    pub fn send(self, result: ActionResult) {
+        let _ = self.0.send(result);
+    }
+
+    /// Whether the client still waits.
+    pub fn is_wanted(&self) -> bool {
+        !self.0.is_closed()
+    }
+}
+
+/// Hands envelopes to the monitor.
+pub type Deliver = Arc<dyn Fn(Envelope) + Send + Sync>;
+
+/// The server. Dropping it ends it: answers under way are sent, then the thread ends.
+pub struct Server {
+    stop: watch::Sender<bool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Serves the clients of `listener`, with bodies of up to `max_payload` bytes.
+    pub fn start(listener: UnixListener, max_payload: usize, deliver: Deliver) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+        let listener = {
+            let _guard = runtime.enter();
+            tokio::net::UnixListener::from_std(listener)?
+        };
+        let (stop, stopped) = watch::channel(false);
+        let thread = thread::Builder::new()
+            .name("api".to_owned())
+            .spawn(move || runtime.block_on(serve(listener, Service { max_payload, deliver }, stopped)))?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.stop.send(true);
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been reported by itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A connection as the accepting loop sees it.
+struct Connection {
+    task: AbortHandle,
+    /// It waits for the monitor.
+    waits: Arc<AtomicBool>,
+}
+
+async fn serve(listener: tokio::net::UnixListener, service: Service, mut stopped: watch::Receiver<bool>) {
+    let mut tasks = JoinSet::new();
+    let mut connections: VecDeque<Connection> = VecDeque::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = stopped.changed() => break,
+        };
+        let Ok((stream, _)) = accepted else {
+            sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        while tasks.try_join_next().is_some() {}
+        connections.retain(|connection| !connection.task.is_finished());
+        if connections.len() >= MAX_CONNECTIONS {
+            let idle = connections.iter().position(|connection| !connection.waits.load(Ordering::Relaxed));
+            match idle.and_then(|index| connections.remove(index)) {
+                Some(connection) => connection.task.abort(),
+                None => {
+                    let _ = stream.try_write(BUSY);
+                    continue;
+                }
+            }
+        }
+        let waits = Arc::new(AtomicBool::new(false));
+        let task = tasks.spawn(serve_connection(stream, service.clone(), waits.clone(), stopped.clone()));
+        connections.push_back(Connection { task, waits });
+    }
+    drop(listener);
+    // The rest is aborted with `tasks`.
+    let _ = timeout(FAREWELL, async { while tasks.join_next().await.is_some() {} }).await;
+}
+
+async fn serve_connection(
+    stream: UnixStream,
+    service: Service,
+    waits: Arc<AtomicBool>,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let answer = service_fn(|request| {
+        let (service, waits) = (service.clone(), waits.clone());
+        async move { Ok::<_, Infallible>(service.answer(request, &waits).await) }
+    });
+    let mut connection = pin!(
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT)
+            .max_buf_size(MAX_HEAD)
+            .max_headers(MAX_HEADERS)
+            .serve_connection(TokioIo::new(stream), answer)
+    );
+    // A connection that breaks is its client's affair.
+    tokio::select! {
+        _ = connection.as_mut() => return,
+        _ = stopped.changed() => connection.as_mut().graceful_shutdown(),
+    }
+    let _ = connection.await;
+}
+
+/// What answers requests.
+#[derive(Clone)]
+struct Service {
+    max_payload: usize,
+    deliver: Deliver,
+}
+
+impl Service {
+    async fn answer(&self, request: Request<Incoming>, waits: &AtomicBool) -> Response<Full<Bytes>> {
+        let (head, body) = request.into_parts();
+        let body = match self.read(body).await {
+            Ok(body) => body,
+            Err(message) => return fault(&message),
+        };
+        let call = match router::route(head.method.as_str(), head.uri.path(), head.uri.query(), &body) {
+            Ok(call) => call,
+            Err(error) => return fault(&error.to_string()),
+        };
+        waits.store(true, Ordering::Relaxed);
+        let result = match call {
+            Call::Act(action) => self.act(action).await,
+            Call::Wait(time) => self.wait(time).await,
+            Call::Document => {
+                waits.store(false, Ordering::Relaxed);
+                return json_response(StatusCode::OK, DOCUMENT);
+            }
+        };
+        waits.store(false, Ordering::Relaxed);
+        match result {
+            Ok(VmmData::Empty) => response(StatusCode::NO_CONTENT, Bytes::new()),
+            Ok(data) => match serde_json::to_vec(&data) {
+                Ok(text) => json_response(StatusCode::OK, text),
+                Err(error) => fault(&format!("the answer is no JSON: {error}")),
+            },
+            Err(error) => fault(&error.to_string()),
+        }
+    }
+
+    /// Waits for the end of the domain; when `time` is over, tells its status.
+    async fn wait(&self, time: Option<Duration>) -> ActionResult {
+        let Some(time) = time else { return self.act(VmmAction::Wait).await };
+        match timeout(time, self.act(VmmAction::Wait)).await {
+            Ok(result) => result,
+            Err(_) => self.act(VmmAction::GetStatus).await,
+        }
+    }
+
+    async fn read(&self, body: Incoming) -> Result<Bytes, String> {
+        let limit = self.max_payload;
+        let size = body.size_hint().lower();
+        if size > limit as u64 {
+            return Err(format!(
+                "Request payload with size {size} is larger than the limit of {limit} allowed by server."
+            ));
+        }
+        match timeout(BODY_TIMEOUT, Limited::new(body, limit).collect()).await {
+            Ok(Ok(body)) => Ok(body.to_bytes()),
+            Ok(Err(error)) => Err(format!("Request payload of at most {limit} bytes: {error}.")),
+            Err(_) => Err(format!("Request payload did not come within {} s.", BODY_TIMEOUT.as_secs())),
+        }
+    }
+
+    async fn act(&self, action: VmmAction) -> ActionResult {
+        let (sender, answer) = oneshot::channel();
+        (self.deliver)(Envelope { action, reply: Reply(sender) });
+        answer.await.unwrap_or(Err(ActionError::Stopped))
+    }
+}
+
+fn fault(message: &str) -> Response<Full<Bytes>> {
+    json_response(StatusCode::BAD_REQUEST, json!({ "fault_message": message }).to_string())
+}
+
+fn json_response(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = response(status, text.into());
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+fn response(status: StatusCode, body: Bytes) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(SERVER, HeaderValue::from_static("Cofferdam API"));
+    response
+}
+
+#[cfg(test)]
+mod tests;
