@@ -27,6 +27,7 @@ const BAD_USAGE: u8 = 125;
 
 fn main() -> ExitCode {
     let start_time_us = monotonic_us();
+    signals::ignore_limits();
     let code = match Cli::try_parse() {
         Ok(cli) => match cli.command {
             Command::Run(args) => run::run(&args, start_time_us),

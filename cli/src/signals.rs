@@ -55,6 +55,13 @@ impl AsFd for Signals {
     }
 }
 
+/// Makes a file that may not grow (`RLIMIT_FSIZE`) an error of the write instead of this process's end; that
+/// console output to a pipe without a reader is one, Rust has seen to.
+pub fn ignore_limits() {
+    // SAFETY: ignoring a signal installs no handler.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 fn catch_one(signal: libc::c_int) -> io::Result<()> {
     // SAFETY: a sigaction of zeros is a valid one (default action, empty mask).
     let mut old: libc::sigaction = unsafe { std::mem::zeroed() };

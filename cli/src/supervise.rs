@@ -256,6 +256,11 @@ impl Progress {
         let how = match exit {
             _ if self.killed => "the monitor did not stop in time and was killed".to_owned(),
             Ok(exit) => match (exit.signal(), exit.code()) {
+                (Some(signal), _) if signal == Signal::KILL.as_raw() => {
+                    format!(
+                        "the monitor was killed by signal {signal}, as by the kernel when memory is short"
+                    )
+                }
                 (Some(signal), _) => format!("the monitor was killed by signal {signal}"),
                 (None, code) => format!(
                     "the monitor exited with status {} without saying how the domain ended",

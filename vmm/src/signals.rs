@@ -16,8 +16,9 @@ const STOP_SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 pub struct StopSignals(File);
 
 impl StopSignals {
-    /// Blocks the stop signals on this thread, and so on all that it starts, and ignores `SIGPIPE`: a reader
-    /// that went away is an error of the write. To be called before the first thread is started.
+    /// Blocks the stop signals on this thread, and so on all that it starts, and ignores `SIGPIPE` and `SIGXFSZ`:
+    /// a reader that went away, or a file that may not grow (`RLIMIT_FSIZE`), is an error of the write. To be called
+    /// before the first thread is started.
     pub fn new() -> io::Result<Self> {
         let signals: Vec<i32> = STOP_SIGNALS.into_iter().filter(|signal| !is_ignored(*signal)).collect();
         let set = create_sigset(&signals)?;
@@ -26,8 +27,10 @@ impl StopSignals {
             0 => {}
             error => return Err(io::Error::from_raw_os_error(error)),
         }
-        // SAFETY: ignoring a signal installs no handler.
-        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+        for signal in [libc::SIGPIPE, libc::SIGXFSZ] {
+            // SAFETY: ignoring a signal installs no handler.
+            unsafe { libc::signal(signal, libc::SIG_IGN) };
+        }
         // SAFETY: `set` lives through the call, which makes a new descriptor.
         let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) };
         if fd < 0 {
