@@ -77,8 +77,10 @@ pub struct Muxer<H: Host> {
     listening: bool,
     /// The last `accept` failed: the next one waits for a tick.
     backing_off: bool,
-    /// A failing `accept` was logged and none has succeeded since.
-    warned: bool,
+    /// How often connections of the host had to wait because the host failed.
+    waits: u64,
+    /// Connections of the guest that failed on the host's side, and not because no program is there.
+    failures: u64,
     ready: Vec<(Source, Readiness)>,
 }
 
@@ -110,7 +112,8 @@ impl<H: Host> Muxer<H> {
             open: false,
             listening: false,
             backing_off: false,
-            warned: false,
+            waits: 0,
+            failures: 0,
             ready: Vec::new(),
         })
     }
@@ -283,9 +286,23 @@ impl<H: Host> Muxer<H> {
             }
             Err(error) => {
                 debug!("vsock: guest cannot connect to port {}: {error}", ports.host);
+                self.note_failure(&error);
                 self.refuse(header);
             }
         }
+    }
+
+    /// Logs the first failure of the host; the others are counted, and the count is logged at the end. That no program
+    /// listens, or that its backlog is full, is none.
+    fn note_failure(&mut self, error: &io::Error) {
+        if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::WouldBlock)
+        {
+            return;
+        }
+        if self.failures == 0 {
+            warn!("vsock: connections of the guest are refused: {error}; more of them are only counted");
+        }
+        self.failures = self.failures.saturating_add(1);
     }
 
     /// A program has named the port that it wants.
@@ -366,13 +383,16 @@ impl<H: Host> Muxer<H> {
                 break;
             }
             match self.host.accept().and_then(|stream| self.begin_handshake(stream)) {
-                Ok(()) => self.warned = false,
+                Ok(()) => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(error) => {
-                    if !std::mem::replace(&mut self.warned, true) {
-                        warn!("vsock: connections of the host have to wait: {error}");
+                    if self.waits == 0 {
+                        warn!(
+                            "vsock: connections of the host have to wait: {error}; further waits are only counted"
+                        );
                     }
+                    self.waits = self.waits.saturating_add(1);
                     self.backing_off = true;
                     self.poller.tick(true);
                 }
@@ -420,6 +440,17 @@ impl<H: Host> Muxer<H> {
         let listen = self.wants_to_listen();
         if listen != self.listening && self.poller.watch_listener(self.host.listener(), listen).is_ok() {
             self.listening = listen;
+        }
+    }
+}
+
+impl<H: Host> Drop for Muxer<H> {
+    fn drop(&mut self) {
+        if self.waits > 1 {
+            warn!("vsock: connections of the host had to wait {} times", self.waits);
+        }
+        if self.failures > 1 {
+            warn!("vsock: {} connections of the guest were refused on the host's side", self.failures);
         }
     }
 }
