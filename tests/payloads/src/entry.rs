@@ -100,6 +100,7 @@ gdt_pointer:
 page_tables:
     .quad directory_pointers + 3
     .fill 511, 8, 0
+    .global directory_pointers
 directory_pointers:
     .quad directories + 3
     .quad directories + 0x1003
@@ -169,6 +170,11 @@ pub fn command_line() -> &'static [u8] {
 pub fn option(name: &str) -> Option<&'static [u8]> {
     let mut words = command_line().split(|&byte| byte == b' ');
     words.find_map(|word| word.strip_prefix(name.as_bytes())?.strip_prefix(b"="))
+}
+
+/// The value of option `name`, a decimal number.
+pub fn number(name: &str) -> Option<u64> {
+    core::str::from_utf8(option(name)?).ok()?.parse().ok()
 }
 
 #[panic_handler]

@@ -28,6 +28,7 @@ pub mod disk;
 pub mod entry;
 pub mod hostile;
 pub mod mmio;
+pub mod paging;
 pub mod power;
 pub mod ram;
 pub mod serial;

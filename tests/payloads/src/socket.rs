@@ -11,13 +11,33 @@ pub const HEADER: u32 = 44;
 pub const GUEST: u64 = 3;
 /// The host's context identifier.
 pub const HOST: u64 = 2;
-/// Bytes of RAM that the driver uses.
-pub const LENGTH: u64 = 2 * Queue::LENGTH + 2 * SLOTS as u64 * SLOT;
+/// Bytes of RAM that the driver uses, with [`SLOTS`] small buffers.
+pub const LENGTH: u64 = Shape::SMALL.length();
 
-/// Descriptors of each queue, and buffers.
-pub const SLOTS: u16 = 128;
-/// Bytes of a buffer.
-const SLOT: u64 = 0x200;
+/// Descriptors of each queue, and buffers, if they are small.
+pub const SLOTS: u16 = Shape::SMALL.slots;
+
+/// Number and size of the buffers.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    /// Descriptors of each queue, and buffers for it: a power of two, at most 256.
+    pub slots: u16,
+    /// Bytes of a buffer, header included.
+    pub bytes: u32,
+}
+
+impl Shape {
+    /// For packets with little or no payload.
+    pub const SMALL: Self = Self { slots: 128, bytes: 0x200 };
+    /// For streams.
+    pub const LARGE: Self = Self { slots: 32, bytes: 0x1_0000 };
+
+    /// Bytes of RAM that a driver with such buffers uses.
+    pub const fn length(self) -> u64 {
+        2 * Queue::LENGTH + 2 * self.slots as u64 * self.bytes as u64
+    }
+}
+
 const RX: u32 = 0;
 const TX: u32 = 1;
 /// How often to look for a packet, with a delay between: seconds.
@@ -106,6 +126,7 @@ pub struct Socket {
     /// The queue by which the guest transmits.
     pub tx: Queue,
     base: u64,
+    shape: Shape,
     /// Buffers in the receive queue.
     offered: u16,
     /// Packets in the transmit queue.
@@ -117,13 +138,18 @@ impl Socket {
     /// Starts `device`, with queues and buffers in the [`LENGTH`] bytes of RAM from `base` on, and gives it
     /// `buffers` (at most [`SLOTS`]) to receive into.
     pub fn start(device: Device, base: u64, buffers: u16) -> Self {
+        Self::start_with(device, base, buffers, Shape::SMALL)
+    }
+
+    /// The same with queues and buffers of another shape.
+    pub fn start_with(device: Device, base: u64, buffers: u16, shape: Shape) -> Self {
         device.write(register::STATUS, 0);
-        let (rx, tx) = (Queue::new(base, SLOTS), Queue::new(base + Queue::LENGTH, SLOTS));
+        let (rx, tx) = (Queue::new(base, shape.slots), Queue::new(base + Queue::LENGTH, shape.slots));
         assert!(device.negotiate(u64::MAX).is_some(), "vsock refused its features");
         device.set_up(RX, &rx);
         device.set_up(TX, &tx);
         assert!(device.add_status(status::DRIVER_OK), "vsock did not start");
-        let mut socket = Self { device, rx, tx, base, offered: 0, under_way: 0, next: 0 };
+        let mut socket = Self { device, rx, tx, base, shape, offered: 0, under_way: 0, next: 0 };
         (0..buffers).for_each(|slot| socket.offer_buffer(slot));
         device.notify(RX);
         socket
@@ -131,7 +157,7 @@ impl Socket {
 
     /// Gives the device buffer `slot` to receive into.
     pub fn offer_buffer(&mut self, slot: u16) {
-        self.rx.describe(slot, self.rx_slot(slot), SLOT as u32, flag::WRITE, 0);
+        self.rx.describe(slot, self.rx_slot(slot), self.shape.bytes, flag::WRITE, 0);
         self.rx.offer(slot);
         self.offered += 1;
     }
@@ -142,12 +168,17 @@ impl Socket {
     }
 
     fn rx_slot(&self, slot: u16) -> u64 {
-        self.base + 2 * Queue::LENGTH + u64::from(slot) * SLOT
+        self.base + 2 * Queue::LENGTH + u64::from(slot) * u64::from(self.shape.bytes)
     }
 
     /// Address of the buffer that packet `slot` is sent from.
     pub fn tx_slot(&self, slot: u16) -> u64 {
-        self.rx_slot(SLOTS) + u64::from(slot) * SLOT
+        self.rx_slot(self.shape.slots) + u64::from(slot) * u64::from(self.shape.bytes)
+    }
+
+    /// The slot that the next packet is sent from.
+    pub fn next_slot(&self) -> u16 {
+        self.next % self.shape.slots
     }
 
     /// Queues a packet with `payload` bytes after its header, which need not be what the header says. `false` if
@@ -156,10 +187,10 @@ impl Socket {
         while self.tx.poll().is_some() {
             self.under_way -= 1;
         }
-        if self.under_way == SLOTS {
+        if self.under_way == self.shape.slots {
             return false;
         }
-        let slot = self.next % SLOTS;
+        let slot = self.next_slot();
         self.next = self.next.wrapping_add(1);
         packet.write(self.tx_slot(slot));
         self.tx.describe(slot, self.tx_slot(slot), HEADER + payload, 0, 0);
@@ -188,11 +219,18 @@ impl Socket {
 
     /// The next packet, if one is there; its buffer is offered again.
     pub fn poll(&mut self) -> Option<Packet> {
+        self.poll_with(|_, _| ()).map(|(packet, ())| packet)
+    }
+
+    /// The next packet, if one is there, and what `look` makes of it and of the payload at an address.
+    pub fn poll_with<R>(&mut self, look: impl FnOnce(&Packet, u64) -> R) -> Option<(Packet, R)> {
         let used = self.rx.poll()?;
-        let packet = Packet::read(self.rx_slot(used.head as u16));
+        let slot = self.rx_slot(used.head as u16);
+        let packet = Packet::read(slot);
+        let result = look(&packet, slot + u64::from(HEADER));
         self.offered -= 1;
         self.offer_buffer(used.head as u16);
-        Some(packet)
+        Some((packet, result))
     }
 
     /// Waits for the next packet.
