@@ -104,10 +104,14 @@ impl Running {
 
     /// Process id of the monitor that it started.
     pub fn monitor_pid(&self) -> Pid {
+        self.monitor().expect("the monitor is a child of cofferdam")
+    }
+
+    /// Process id of the monitor, if it has been started and has not ended.
+    pub fn monitor(&self) -> Option<Pid> {
         let path = format!("/proc/{0}/task/{0}/children", self.child.id());
-        let children = std::fs::read_to_string(path).expect("the kernel lists children");
-        let pid = children.split_whitespace().next().expect("the monitor is a child of cofferdam");
-        Pid::from_raw(pid.parse().expect("a number")).expect("a process id")
+        let children = std::fs::read_to_string(path).ok()?;
+        Pid::from_raw(children.split_whitespace().next()?.parse().expect("a number"))
     }
 
     /// Sends a signal to `cofferdam`.

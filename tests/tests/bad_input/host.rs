@@ -6,6 +6,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::process::Command;
 
+use cofferdam_tests::host::after;
 use cofferdam_tests::place;
 use rustix::process::geteuid;
 
@@ -13,14 +14,7 @@ use crate::table::{Table, hello, without_privilege};
 
 /// Runs `mounts` in a mount namespace of its own, and then there what is added, without privilege over files.
 fn on_a_host_with(mounts: &str) -> Vec<OsString> {
-    let unshare: &[&str] = if geteuid().is_root() {
-        &["unshare", "--mount"]
-    } else {
-        &["unshare", "--map-root-user", "--mount"]
-    };
-    let script = format!("{mounts} && exec \"$@\"");
-    let words = unshare.iter().copied().chain(["sh", "-c", &script, "sh"]).chain(without_privilege());
-    words.map(OsString::from).collect()
+    after(mounts).into_iter().chain(without_privilege().into_iter().map(OsString::from)).collect()
 }
 
 /// A row: domain and host check must be refused, in messages with all `words`.

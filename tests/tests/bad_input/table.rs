@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use cofferdam_api::status::{ExitReason, Outcome};
+use cofferdam_tests::host::{process_with, unique_id};
 use cofferdam_tests::{Finished, Run, place};
 use rustix::process::geteuid;
 use tempfile::TempDir;
@@ -76,7 +76,7 @@ impl Table {
             fault = Some(format!("the folder had {before:?} and has {:?}", self.names()));
         }
         if let Some(process) = process_with(&id) {
-            fault = Some(format!("process {process} is still there"));
+            fault = Some(format!("process {} is still there", process.display()));
         }
         self.faults.extend(fault.map(|fault| format!("{row}: {fault}: {done}")));
     }
@@ -127,21 +127,6 @@ pub fn fault_of_outcome(outcome: &Outcome) -> Option<String> {
         return Some("something was started".to_owned());
     }
     None
-}
-
-fn unique_id() -> String {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    format!("bad-input-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
-}
-
-/// A process that has `id` among its arguments.
-fn process_with(id: &str) -> Option<String> {
-    let processes = fs::read_dir("/proc").unwrap().flatten();
-    let has_id = |folder: &PathBuf| {
-        let line = fs::read(folder.join("cmdline")).unwrap_or_default();
-        line.split(|&byte| byte == 0).any(|word| word == id.as_bytes())
-    };
-    processes.map(|entry| entry.path()).find(has_id).map(|path| path.display().to_string())
 }
 
 /// Takes root's privilege to open every file from what it starts; anybody else has none.

@@ -1,0 +1,35 @@
+//! Hosts as a test wants them: wrappers for [`Run::wrapped`](crate::Run::wrapped), and what a domain may leave behind.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use rustix::process::geteuid;
+
+/// Runs the shell commands `before` in a mount namespace of its own, and then there what is added.
+pub fn after(before: &str) -> Vec<OsString> {
+    let unshare: &[&str] = if geteuid().is_root() {
+        &["unshare", "--mount"]
+    } else {
+        &["unshare", "--map-root-user", "--mount"]
+    };
+    let script = format!("{before} && exec \"$@\"");
+    unshare.iter().copied().chain(["sh", "-c", &script, "sh"]).map(OsString::from).collect()
+}
+
+/// A name that no other domain has.
+pub fn unique_id() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// A process that has `id` among its arguments, if there is one.
+pub fn process_with(id: &str) -> Option<PathBuf> {
+    let has_id = |folder: &PathBuf| {
+        let line = fs::read(folder.join("cmdline")).unwrap_or_default();
+        line.split(|&byte| byte == 0).any(|word| word == id.as_bytes())
+    };
+    let processes = fs::read_dir("/proc").expect("/proc is there").flatten();
+    processes.map(|entry| entry.path()).find(has_id)
+}
