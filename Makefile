@@ -32,7 +32,7 @@ unit: deps ## Pure logic, anywhere
 	cargo test -p cofferdam-firmware --lib -- --ignored iasl
 
 payload: build payloads ## The monitor and tiny guests, on any /dev/kvm
-	cargo test -p cofferdam-tests --features payload --test payload --test bad_input --test hostile
+	cargo test -p cofferdam-tests --features payload --tests
 
 domain: build ## Linux guests, on hardware KVM or in the rig
 	cargo test -p xtask --test rig -- --ignored --test-threads=1
