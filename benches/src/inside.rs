@@ -12,7 +12,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use xtask::peer::Peer;
@@ -27,6 +27,10 @@ const COMMAND_LINE: &str = "console=ttyS0 reboot=a panic=-1 pci=off";
 const QUIET: &str = " quiet";
 /// Size of a disk, MiB.
 const DISK: usize = 128;
+/// A busy machine gets fewer rounds: none is begun after this time, once there are some.
+const BOOT_TIME: Duration = Duration::from_secs(300);
+const DEVICE_TIME: Duration = Duration::from_secs(420);
+const FEWEST_ROUNDS: usize = 3;
 /// By how much a guest's clock may be off.
 const CLOCK_TOLERANCE: f64 = 0.05;
 
@@ -77,7 +81,7 @@ pub fn run(plan: &Path) -> Result<()> {
     let directory = tempfile::tempdir_in("/dev/shm")?;
     let machines = move_to_memory(&mut plan, directory.path())?;
     let mut findings = Findings::default();
-    for round in 0..plan.boot_rounds {
+    for round in rounds(plan.boot_rounds, BOOT_TIME) {
         for monitor in turn(round) {
             let time = time_boot(&machines, monitor, &plan)?;
             progress(format_args!("boot {} of {}, {monitor:?}: {time:.2} s", round + 1, plan.boot_rounds));
@@ -89,6 +93,12 @@ pub fn run(plan: &Path) -> Result<()> {
     }
     println!("{}", serde_json::to_string(&findings)?);
     Ok(())
+}
+
+/// As many rounds as there is time for.
+fn rounds(most: usize, time: Duration) -> impl Iterator<Item = usize> {
+    let start = Instant::now();
+    (0..most).take_while(move |round| *round < FEWEST_ROUNDS || start.elapsed() < time)
 }
 
 /// Who is first changes every round.
@@ -177,7 +187,7 @@ fn measure_devices(machines: &Machines, plan: &Plan, findings: &mut Findings) ->
     peers::serve_vhost()?;
     let mut ours = Session::start(machines, Monitor::Cofferdam, plan)?;
     let mut theirs = Session::start(machines, Monitor::Microvm, plan)?;
-    for round in 0..plan.device_rounds {
+    for round in rounds(plan.device_rounds, DEVICE_TIME) {
         let mut line = String::new();
         for (name, _) in SUBJECTS.iter().filter(|(name, _)| *name != "boot") {
             for monitor in turn(round) {
