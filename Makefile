@@ -2,7 +2,7 @@
 MUSL := x86_64-unknown-linux-musl
 BARE := x86_64-unknown-none
 
-.PHONY: all deps build payloads run test lint unit payload domain bench clean
+.PHONY: all deps build payloads run test lint unit payload domain bench fuzz clean
 
 all: build
 
@@ -41,6 +41,9 @@ domain: build ## Linux guests, on hardware KVM or in the rig
 bench: build payloads ## Side by side with the floor and with QEMU's microvm: a table, and target/bench.json
 	cargo build --release --target $(MUSL) -p cofferdam-benches
 	@target/$(MUSL)/release/bench
+
+fuzz: ## Each fuzz target for FUZZ_SECONDS (60); needs the nightly toolchain and cargo-fuzz
+	@tests/fuzz/run.sh
 
 clean:
 	cargo clean
