@@ -360,6 +360,8 @@ fn set_up_in_flight(disk: &mut Disk) {
             disk.device.write(offset, value);
         }
     }
+    disk.device.write(register::QUEUE_READY, 0);
+    assert_eq!(disk.device.read(register::QUEUE_READY), 1, "the queue stays ready");
     for step in [status::ACKNOWLEDGE, status::DRIVER_OK, u32::MAX] {
         disk.device.write(register::STATUS, step);
     }
