@@ -166,17 +166,22 @@ impl Bind {
 
 /// Takes the root off the path of something in the jail.
 fn inside_path(path: &Path) -> Result<PathBuf, String> {
-    let relative =
-        path.strip_prefix("/").map_err(|_| format!("{}: in the jail, paths are absolute", path.display()))?;
-    if relative.as_os_str().is_empty() {
-        return Err("the root of the jail cannot be bound".to_owned());
-    }
-    // `components` leaves out a lone dot, so look at the parts themselves.
-    let plain = |part: &[u8]| !matches!(part, b"." | b"..");
-    if !relative.as_os_str().as_bytes().split(|byte| *byte == b'/').all(plain) {
+    // `Path` leaves out a lone dot, so look at the bytes.
+    let bytes = path.as_os_str().as_bytes();
+    let relative = bytes
+        .strip_prefix(b"/")
+        .ok_or_else(|| format!("{}: in the jail, paths are absolute", path.display()))?;
+    if relative.split(|byte| *byte == b'/').any(|part| matches!(part, b"." | b"..")) {
         return Err(format!("{}: a path in the jail has no . or ..", path.display()));
     }
-    Ok(relative.components().collect())
+    let parts: PathBuf = Path::new(OsStr::from_bytes(relative))
+        .components()
+        .filter(|part| *part != Component::RootDir)
+        .collect();
+    match parts.as_os_str().is_empty() {
+        true => Err("the root of the jail cannot be bound".to_owned()),
+        false => Ok(parts),
+    }
 }
 
 #[cfg(test)]
