@@ -14,6 +14,7 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 use crate::arguments::Arguments;
 use crate::chroot::{self, ChrootError, View};
 use crate::directory::Place;
+use crate::landlock::{self, LandlockError};
 use crate::limits::{self, LimitError};
 use crate::namespaces::{self, NamespaceError};
 use crate::privileges::{self, PrivilegeError};
@@ -34,6 +35,9 @@ pub enum InsideError {
     /// User and capabilities.
     #[error(transparent)]
     Privileges(#[from] PrivilegeError),
+    /// Landlock.
+    #[error(transparent)]
+    Landlock(#[from] LandlockError),
     /// The tie to the supervisor.
     #[error("supervisor: {call}: {error}")]
     Supervisor {
@@ -119,6 +123,7 @@ fn become_program(plan: &Plan<'_>) -> Result<Infallible, InsideError> {
     // The change of user has undone it.
     die_with_supervisor()?;
     check_supervisor(&plan.go)?;
+    landlock::restrict(&plan.program)?;
     if let Some(null) = plan.null {
         supervisor::to_null(null)
             .map_err(|error| InsideError::Supervisor { call: "dup2", error: error.into() })?;

@@ -10,6 +10,7 @@ mod devices;
 mod directory;
 mod inside;
 mod keeper;
+mod landlock;
 mod limits;
 mod namespaces;
 mod privileges;

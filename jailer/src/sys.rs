@@ -121,6 +121,51 @@ pub fn restrict_mount(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -
     })
 }
 
+/// The version of the Landlock interface, if the kernel has it and it is switched on.
+pub fn landlock_version() -> Option<usize> {
+    const CREATE_RULESET_VERSION: c_uint = 1;
+    // SAFETY: with this flag the kernel takes no structure.
+    let version = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, ptr::null::<u8>(), 0_usize, CREATE_RULESET_VERSION)
+    };
+    usize::try_from(version).ok().filter(|version| *version > 0)
+}
+
+/// A set of rules that handles these rights; bits that the kernel does not know are an error.
+pub fn landlock_ruleset(files: u64, network: u64, scopes: u64) -> io::Result<OwnedFd> {
+    let attributes = [files, network, scopes];
+    // Old kernels take a longer structure if what they do not know of is zero.
+    // SAFETY: the array has the layout of `struct landlock_ruleset_attr`, and lives through the call.
+    let fd = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, attributes.as_ptr(), size_of_val(&attributes), 0)
+    };
+    check(fd)?;
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Allows `rights` to the file or the tree of files `beneath`.
+pub fn landlock_allow(rules: BorrowedFd<'_>, beneath: BorrowedFd<'_>, rights: u64) -> io::Result<()> {
+    const RULE_PATH_BENEATH: c_int = 1;
+    #[repr(C, packed)]
+    struct PathBeneath {
+        rights: u64,
+        parent: RawFd,
+    }
+    let rule = PathBeneath { rights, parent: beneath.as_raw_fd() };
+    // SAFETY: the structure is the one of this kind of rule, and lives through the call.
+    check(unsafe {
+        libc::syscall(libc::SYS_landlock_add_rule, rules.as_raw_fd(), RULE_PATH_BENEATH, &raw const rule, 0)
+    })
+}
+
+/// Puts this process, and all that come of it, under the rules.
+pub fn landlock_restrict(rules: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: takes no memory.
+    check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, rules.as_raw_fd(), 0) })
+}
+
 /// Moves this process to new namespaces (`CLONE_NEW…`).
 pub fn unshare(namespaces: c_int) -> io::Result<()> {
     // SAFETY: descriptors and memory stay shared with nobody, as they are.

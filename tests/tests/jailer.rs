@@ -206,7 +206,12 @@ fn the_jailed_see_only_what_was_named() {
     let stray = File::open("/proc/self/status").unwrap();
     fcntl_setfd(&stray, FdFlags::empty()).unwrap();
     let mut command = base.domain("a", "spin", VSOCK);
-    command.env("SECRET", "s").args(["--resource-limit", "no-file=77", "--resource-limit", "fsize=134217728"]);
+    command.env("SECRET", "s").args([
+        "--resource-limit",
+        "no-file=77",
+        "--resource-limit",
+        "fsize=134217728",
+    ]);
     command.args(["--", "--config-file", "/config.json"]);
     command.args(["--status-file", &format!("fd:{}", status_file.as_raw_fd())]);
     let mut running = Running::start(command, &base.root("a").join("v.sock"));
