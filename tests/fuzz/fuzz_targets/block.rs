@@ -308,7 +308,7 @@ fuzz_target!(|input: Input| {
         if drive.read_only {
             let mut now = vec![0; DISK as usize];
             drive.file.read_exact_at(&mut now, 0).unwrap();
-            assert_eq!(now, content(), "a read-only drive was written");
+            assert!(now == content(), "a read-only drive was written");
         }
     });
 });

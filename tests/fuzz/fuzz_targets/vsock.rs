@@ -75,13 +75,14 @@ enum Step {
         len: u32,
         credit: Credit,
     },
-    /// Opens a connection that takes data.
+    /// Opens a connection, which the program accepts.
     Open {
         guest: u8,
         host: u8,
+        credit: Credit,
     },
     /// Answers whatever the device asks for.
-    Accept,
+    Accept(Credit),
     Chain {
         parts: Vec<(u32, u16, bool)>,
     },
@@ -312,14 +313,15 @@ impl Guest<'_> {
                 let header = self.header(guest, host, op % 10, credit);
                 self.send(Header { kind: kind % 3, src_cid, dst_cid, len, ..header }, &[]);
             }
-            Step::Open { guest, host } => {
-                let header = self.header(u32::from(guest % 8), u32::from(host % 4), REQUEST, Credit::Plenty);
+            Step::Open { guest, host, credit } => {
+                let header = self.header(u32::from(guest % 8), u32::from(host % 4), REQUEST, credit);
                 self.send(header, &[]);
                 self.host.device.with(|device| device.notify(1));
+                self.program(&Step::ProgramAccepts(host % 4));
             }
-            Step::Accept => {
+            Step::Accept(credit) => {
                 for (guest, host) in self.requests.clone() {
-                    let header = self.header(guest, host, RESPONSE, Credit::Plenty);
+                    let header = self.header(guest, host, RESPONSE, credit);
                     self.send(header, &[]);
                 }
             }
@@ -386,6 +388,7 @@ impl Guest<'_> {
             }
             Step::ProgramWrites { program: index, length } => {
                 let _ = program(index).map(|mut stream| stream.write(&vec![b'w'; length.into()]));
+                self.host.device.run(0);
             }
             Step::ProgramReads(index) => {
                 let _ = program(index).map(|mut stream| stream.read(&mut [0; 0x4000]));
