@@ -221,6 +221,21 @@ fn the_limit_on_descriptors_is_raised() {
     assert_eq!(wait(&mut child).code(), Some(143));
 }
 
+/// Whoever starts the monitor may have left the signal's default, which is to end.
+#[test]
+fn a_limit_on_files_is_an_error_and_not_a_signal() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config(folder.path(), "");
+    let output = Command::new("prlimit")
+        .args(["--fsize=1048576", env!("CARGO_BIN_EXE_cofferdam-vmm"), "--config-file"])
+        .arg(config)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{}: {text}", output.status);
+    assert!(text.contains("guest memory") && text.contains("File too large"), "{text}");
+}
+
 #[test]
 fn a_descriptor_that_was_not_inherited_is_refused() {
     for number in 3..6 {
