@@ -2,7 +2,7 @@
 MUSL := x86_64-unknown-linux-musl
 BARE := x86_64-unknown-none
 
-.PHONY: all deps build payloads run test lint unit payload domain bench fuzz clean
+.PHONY: all deps build payloads run test test-all lint unit payload domain bench fuzz clean
 
 all: build
 
@@ -10,7 +10,7 @@ deps: ## Install the Debian packages, Rust targets and tools that are missing
 	@tests/deps.sh
 
 build: deps ## The shipped binaries, static, in target/x86_64-unknown-linux-musl/release
-	cargo build --release --target $(MUSL) -p cofferdam-vmm -p cofferdam-cli -p cofferdam-jailer -p cofferdam-test-guest
+	cargo build --release --target $(MUSL) -p cofferdam-vmm -p cofferdam-cli -p cofferdam-test-guest
 
 payloads: deps ## The tiny guests of the payload tier
 	cargo build --release --target $(BARE) -p cofferdam-payloads
@@ -20,6 +20,12 @@ run: build ## Boot a Debian guest that prints its kernel version and a file from
 
 test: lint unit payload domain ## Every tier
 	@echo "make test: lint, unit, payload and domain tiers passed"
+
+test-all: lint unit build payloads ## Every tier, the long tests and those that need root included
+	cargo test -p cofferdam-tests --features payload --tests -- --include-ignored
+	cargo test -p xtask --test rig -- --ignored --test-threads=1
+	@cargo xtask domain-tests --long
+	@echo "make test-all: lint, unit, payload and domain tiers passed, long tests included"
 
 lint: deps
 	cargo fmt --all --check

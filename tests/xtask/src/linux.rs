@@ -17,6 +17,8 @@ use crate::tool::{self, progress};
 
 /// How long the domain tier may take. Its budget is 12 minutes on an idle machine.
 const TIER_TIMEOUT: Duration = Duration::from_secs(40 * 60);
+/// The same with the long tests.
+const LONG_TIMEOUT: Duration = Duration::from_secs(2 * 60 * 60);
 const DEMO_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 const DEMO_INIT: &[u8] = include_bytes!("demo-init");
@@ -24,15 +26,16 @@ const DEMO_APPLETS: [&str; 10] =
     ["sh", "mount", "devmem", "cat", "insmod", "uname", "echo", "mkdir", "nproc", "poweroff"];
 const DEMO_FILE: &str = "hello from a file on a disk image";
 
-/// Builds the domain tests and runs those whose names contain `filter` (all of them if empty). Returns the exit
-/// status of the tests.
-pub fn domain_tests(filter: &[String]) -> Result<u8, RigError> {
+/// Builds the domain tests and runs those whose names contain `filter` (all of them if empty), those that are marked
+/// `ignore` only if `long`. Returns the exit status of the tests.
+pub fn domain_tests(filter: &[String], long: bool) -> Result<u8, RigError> {
     let assets = Assets::fetch()?;
     progress("building the domain tests");
     let program = test_program()?;
     let mut command = vec![program.into(), "--test-threads=1".into()];
+    command.extend(long.then(|| "--include-ignored".into()));
     command.extend(filter.iter().map(OsString::from));
-    run(&assets, command, TIER_TIMEOUT)
+    run(&assets, command, if long { LONG_TIMEOUT } else { TIER_TIMEOUT })
 }
 
 /// Boots a Debian guest that prints its kernel's version and a file from its disk. Returns the exit status of

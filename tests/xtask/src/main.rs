@@ -31,6 +31,9 @@ enum Task {
     Rig(RigArguments),
     /// Run the tests that boot Linux in domains: on hardware KVM, else in the rig
     DomainTests {
+        /// The long tests too
+        #[arg(long)]
+        long: bool,
         /// Only tests whose names contain one of these
         filter: Vec<String>,
     },
@@ -84,7 +87,7 @@ fn main() -> ExitCode {
     match Arguments::parse().task {
         Task::Assets { json } => report(assets(json), 1),
         Task::Rig(arguments) => rig(arguments),
-        Task::DomainTests { filter } => exit(linux::domain_tests(&filter)),
+        Task::DomainTests { long, filter } => exit(linux::domain_tests(&filter, long)),
         Task::Demo => exit(linux::demo()),
         Task::HasKvm => has_kvm(),
         Task::Agent => report(xtask::agent::run(), 1),
