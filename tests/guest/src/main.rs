@@ -32,6 +32,14 @@ enum Command {
     Listen(Vsock),
     /// Connect to the host and serve the connection
     Connect(Vsock),
+    /// Open COUNT vsock connections to a port of the host, all at once and then one after another; each sends eight
+    /// bytes and gets them back
+    Storm {
+        /// The port
+        port: u32,
+        /// Connections
+        count: u64,
+    },
     /// Write zeroes to a part of a block device, as the device does it best
     Zero {
         /// The device
@@ -79,6 +87,7 @@ fn main() -> ExitCode {
         Command::Check(s) => cofferdam_test_guest::check(io::stdin().lock(), s.bytes, s.seed),
         Command::Listen(vsock) => accepted(vsock.port).and_then(|stream| serve(stream, &vsock.service)),
         Command::Connect(vsock) => connected(vsock.port).and_then(|stream| serve(stream, &vsock.service)),
+        Command::Storm { port, count } => storm(port, count),
         Command::Zero { device, offset, length } => zero(&device, offset, length),
         Command::WaitButton { device } => wait_for_button(File::open(device)),
     };
@@ -109,6 +118,25 @@ fn connected(port: u32) -> io::Result<File> {
     let stream = stream_socket()?;
     connect(stream.as_raw_fd(), &VsockAddr::new(HOST, port))?;
     Ok(stream.into())
+}
+
+fn storm(port: u32, count: u64) -> io::Result<()> {
+    let together: Vec<File> = (0..count).map(|_| connected(port)).collect::<io::Result<_>>()?;
+    (0..).zip(&together).try_for_each(|(number, stream)| talk(stream, number))?;
+    drop(together);
+    (0..count).try_for_each(|number| talk(&connected(port)?, number))?;
+    println!("{count} connections at once and {count} one after another");
+    Ok(())
+}
+
+fn talk(mut stream: &File, number: u64) -> io::Result<()> {
+    let mut answer = [0; 8];
+    stream.write_all(&number.to_le_bytes())?;
+    stream.read_exact(&mut answer)?;
+    match u64::from_le_bytes(answer) == number {
+        true => Ok(()),
+        false => Err(io::Error::other(format!("connection {number} gave back {answer:?}"))),
+    }
 }
 
 fn serve(mut stream: File, service: &Service) -> io::Result<()> {

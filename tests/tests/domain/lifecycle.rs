@@ -60,6 +60,35 @@ fn every_kernel_format_and_protocol_boots_with_1_and_2_cpus() {
 }
 
 #[test]
+#[ignore = "long: make test-all"]
+fn linux_boots_with_8_cpus() {
+    let guest = Guest::new();
+    let done = guest.run("hello").with("cpus", "8").finish();
+    check(&done, ExitReason::PowerOff, 0);
+    assert!(done.console().contains("-cloud-amd64, 8 CPUs"), "{done}");
+}
+
+/// Debian's 6.12 cloud kernel says itself that it needs 72 MiB from the start of RAM, and is refused with less; with
+/// little more, for this RAM disk, it runs.
+#[test]
+#[ignore = "long: make test-all"]
+fn linux_boots_in_little_memory() {
+    let guest = Guest::new();
+    let line = format!("{} quiet test=hello", cofferdam_api::config::DEFAULT_COMMAND_LINE);
+    let run = |memory| {
+        let run = Run::new(&guest.assets().guest_kernel).with("initrd", guest.file("initrd"));
+        run.with("memory", memory).with("cmdline", &line).finish()
+    };
+    let refused = run("64M");
+    check(&refused, ExitReason::Config, 125);
+    assert!(
+        refused.outcome().message.contains("64 MiB is too small: the kernel needs the first"),
+        "{refused}"
+    );
+    check(&run("80M"), ExitReason::PowerOff, 0);
+}
+
+#[test]
 fn the_guests_code_passes_unchanged() {
     let guest = Guest::new();
     for code in [7, 125] {

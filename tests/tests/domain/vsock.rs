@@ -12,7 +12,7 @@ use cofferdam_test_guest as stream;
 
 use crate::guest::Guest;
 
-const BYTES: u64 = 256 << 20;
+const MIB: u64 = 1 << 20;
 
 /// Connects to `port` of the guest as a program of the host does, once the guest listens.
 fn connect(socket: &Path, port: u32) -> UnixStream {
@@ -34,18 +34,44 @@ fn connect(socket: &Path, port: u32) -> UnixStream {
 
 #[test]
 fn streams_pass_uncorrupted_in_both_directions() {
+    streams(256 * MIB);
+}
+
+#[test]
+#[ignore = "long: make test-all"]
+fn a_gib_passes_uncorrupted_in_each_direction() {
+    streams(1024 * MIB);
+}
+
+#[test]
+#[ignore = "long: make test-all"]
+fn a_thousand_connections_at_once_and_one_after_another() {
+    let guest = Guest::new();
+    let listener = UnixListener::bind(guest.file("v_5000")).unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            thread::spawn(move || std::io::copy(&mut &stream, &mut &stream));
+        }
+    });
+    let done = guest.run_with("storm", 1000).with("vsock", guest.file("v")).finish();
+    assert_eq!(done.code(), 0, "{done}");
+    assert!(done.console().contains("1000 connections at once and 1000 one after another"), "{done}");
+}
+
+/// `bytes` to the guest, as many from it, and some MiB there and back.
+fn streams(bytes: u64) {
     let guest = Guest::new();
     let socket = guest.file("v");
     let listener = UnixListener::bind(guest.file("v_5000")).unwrap();
-    let running = guest.run("vsock").with("vsock", &socket).start();
+    let running = guest.run_with("vsock", bytes).with("vsock", &socket).start();
 
     let to_guest = listener.accept().unwrap().0;
-    stream::write(&to_guest, BYTES, 11).unwrap();
+    stream::write(&to_guest, bytes, 11).unwrap();
     to_guest.shutdown(Shutdown::Write).unwrap();
     assert_eq!((&to_guest).read(&mut [0]).unwrap(), 0, "the guest closes when it has checked all");
 
     let from_guest = listener.accept().unwrap().0;
-    stream::check(&from_guest, BYTES, 12).unwrap();
+    stream::check(&from_guest, bytes, 12).unwrap();
     drop(from_guest);
 
     running.wait_for("listening on 5001");
@@ -53,11 +79,11 @@ fn streams_pass_uncorrupted_in_both_directions() {
     let sender = thread::spawn({
         let echo = echo.try_clone().unwrap();
         move || {
-            stream::write(&echo, 4 << 20, 13).unwrap();
+            stream::write(&echo, 4 * MIB, 13).unwrap();
             echo.shutdown(Shutdown::Write).unwrap();
         }
     });
-    stream::check(&echo, 4 << 20, 13).unwrap();
+    stream::check(&echo, 4 * MIB, 13).unwrap();
     sender.join().unwrap();
     drop(echo);
 
