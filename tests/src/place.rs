@@ -33,6 +33,11 @@ pub fn monitor() -> PathBuf {
     shipped("cofferdam-vmm")
 }
 
+/// The jailer, as shipped.
+pub fn jailer() -> PathBuf {
+    shipped("cofferdam-jailer")
+}
+
 /// The helper program that Linux guests run.
 pub fn test_guest() -> PathBuf {
     built("x86_64-unknown-linux-musl", "test-guest", "make build")

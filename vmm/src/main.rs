@@ -24,6 +24,7 @@ use cofferdam_vmm::phases::PhaseClock;
 use cofferdam_vmm::signals::StopSignals;
 use cofferdam_vmm::status::StatusFile;
 use cofferdam_vmm::{domain, start::StartError};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 const EXIT_STATUS: &str = "\
 Exit status: 0 or the guest's own code after a power-off; 121 reboot or panic; 122 triple fault or vCPU error;
@@ -54,6 +55,8 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    // The guest's memory is nobody's to trace or dump. It cannot fail with this argument.
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
