@@ -4,7 +4,6 @@ use std::fmt::Write as _;
 use std::io::{self, Write};
 
 use cofferdam_confidential::host::survey::{Check, Platforms, Survey};
-use serde_json::json;
 
 use crate::say::coloured;
 
@@ -18,13 +17,8 @@ pub fn check(as_json: bool) -> u8 {
 }
 
 fn json_form(survey: &Survey) -> String {
-    let check = |check: &Check| json!({"name": check.name, "ok": check.ok, "reason": check.reason, "remedy": check.remedy});
-    let Platforms { plain, snp, tdx, cca } = survey.platforms;
-    let checks: Vec<_> = survey.checks.iter().map(check).collect();
-    let report = json!({
-        "checks": checks,
-        "platforms": {"plain": plain, "snp": snp, "tdx": tdx, "cca": cca},
-    });
+    // Names, flags and texts are always JSON.
+    let report = serde_json::to_string(survey).unwrap_or_default();
     format!("{report}\n")
 }
 
@@ -89,6 +83,8 @@ fn conclusion(platforms: Platforms) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn survey(plain: bool) -> Survey {

@@ -6,11 +6,12 @@ use std::io;
 use std::path::Path;
 
 use kvm_bindings as kvm;
+use serde::Serialize;
 
 use super::{CAPABILITIES, HostError, HostFiles, KvmInterface, open};
 
 /// One thing that a host can do or not.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
     /// Its name; that of a capability begins with `KVM_CAP_`.
     pub name: &'static str,
@@ -33,7 +34,7 @@ impl Check {
 }
 
 /// The platforms that the host offers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Platforms {
     /// Ordinary virtual machines.
     pub plain: bool,
@@ -45,8 +46,8 @@ pub struct Platforms {
     pub cca: bool,
 }
 
-/// What a host can do.
-#[derive(Clone, Debug)]
+/// What a host can do. As JSON it is what `cofferdam host check --json` prints.
+#[derive(Clone, Debug, Serialize)]
 pub struct Survey {
     /// Everything that was looked at.
     pub checks: Vec<Check>,
