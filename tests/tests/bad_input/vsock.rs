@@ -10,7 +10,7 @@ use rustix::process::Signal;
 
 use crate::table::{Table, hello};
 
-const FIELD: &str = "vsock.uds_path: vsock socket ";
+const FIELD: &str = "vsock.uds_path: socket ";
 
 #[test]
 fn paths_where_no_socket_can_be() {

@@ -29,7 +29,7 @@ const NON_BLOCKING: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEX
 pub enum BindError {
     /// Something exists at the path, and it is not a socket that was left behind.
     #[error(
-        "vsock socket {}: {} (EADDRINUSE)", path.display(),
+        "socket {}: {} (EADDRINUSE)", path.display(),
         if *.is_socket { "another domain or program listens on it" } else { "a file that is no socket is there" }
     )]
     InUse {
@@ -39,7 +39,7 @@ pub enum BindError {
         is_socket: bool,
     },
     /// The host refused it.
-    #[error("vsock socket {}: cannot be made: {source}", path.display())]
+    #[error("socket {}: cannot be made: {source}", path.display())]
     Socket {
         /// The path.
         path: PathBuf,
@@ -96,7 +96,7 @@ impl Drop for SocketFile {
         let is_ours = std::fs::symlink_metadata(&self.path)
             .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == (self.device, self.inode));
         if is_ours && let Err(error) = std::fs::remove_file(&self.path) {
-            warn!("vsock socket {} is left behind: {error}", self.path.display());
+            warn!("socket {} is left behind: {error}", self.path.display());
         }
     }
 }
