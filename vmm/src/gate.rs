@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 const OPEN: u8 = 0;
 const CLOSED: u8 = 1;
@@ -11,7 +12,8 @@ const ENDED: u8 = 2;
 #[derive(Default)]
 pub struct Gate {
     state: AtomicU8,
-    lock: Mutex<()>,
+    /// Number of threads that stand at the gate, or have left it for good.
+    held: Mutex<usize>,
     changed: Condvar,
 }
 
@@ -28,10 +30,28 @@ impl Gate {
     #[cold]
     fn wait(&self) -> bool {
         let mut guard = self.guard();
+        *guard = guard.saturating_add(1);
+        self.changed.notify_all();
         while self.state.load(Ordering::Acquire) == CLOSED {
             guard = self.changed.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
+        *guard = guard.saturating_sub(1);
         self.state.load(Ordering::Acquire) == OPEN
+    }
+
+    /// The calling thread never comes back.
+    pub fn leave(&self) {
+        let mut guard = self.guard();
+        *guard = guard.saturating_add(1);
+        self.changed.notify_all();
+    }
+
+    /// Waits until `count` threads stand at the closed gate or have left. `false` means that they did not in
+    /// that time.
+    pub fn wait_held(&self, count: usize, time: Duration) -> bool {
+        let waited = self.changed.wait_timeout_while(self.guard(), time, |held| *held < count);
+        let (guard, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        *guard >= count
     }
 
     /// Lets vCPUs run, unless the domain has ended.
@@ -57,8 +77,8 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    fn guard(&self) -> MutexGuard<'_, ()> {
-        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
+    fn guard(&self) -> MutexGuard<'_, usize> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -74,15 +94,21 @@ mod tests {
         let gate = Arc::new(Gate::default());
         assert!(gate.pass());
         gate.close();
+        assert!(!gate.wait_held(1, Duration::ZERO));
         let (sender, passed) = mpsc::channel();
         let thread = thread::spawn({
             let gate = gate.clone();
             move || sender.send(gate.pass()).unwrap()
         });
         assert!(passed.recv_timeout(Duration::from_millis(50)).is_err());
+        assert!(gate.wait_held(1, Duration::from_secs(60)));
+        assert!(!gate.wait_held(2, Duration::ZERO));
         gate.open();
         assert!(passed.recv().unwrap());
         thread.join().unwrap();
+        assert!(!gate.wait_held(1, Duration::ZERO));
+        gate.leave();
+        assert!(gate.wait_held(1, Duration::ZERO));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use cofferdam_api::status::ExitReason;
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -37,9 +38,10 @@ impl Vcpus {
         let mut started = Self { shared, threads: Vec::with_capacity(vcpus.len()) };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let shared = started.shared.clone();
-            let thread = thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || run(index, Kickable::new(vcpu), &shared))?;
+            let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
+                run(index, Kickable::new(vcpu), &shared);
+                shared.gate.leave();
+            })?;
             started.threads.push(thread);
         }
         Ok(started)
@@ -49,6 +51,11 @@ impl Vcpus {
     pub fn pause(&self) {
         self.shared.gate.close();
         self.threads.iter().for_each(kick::kick);
+    }
+
+    /// Waits until all that [`Self::pause`] holds are held.
+    pub fn wait_held(&self, time: Duration) -> bool {
+        self.shared.gate.wait_held(self.threads.len(), time)
     }
 
     /// Lets them run.
