@@ -58,6 +58,11 @@ impl Draft {
         &self.machine
     }
 
+    /// Whether there is a drive of that id.
+    pub fn has_drive(&self, id: &str) -> bool {
+        self.drives.iter().any(|drive| drive.drive_id == id)
+    }
+
     /// Replaces everything.
     pub fn put_config(&mut self, config: DomainConfig) -> Result<(), ConfigError> {
         self.change(|draft| *draft = config.into())

@@ -11,14 +11,18 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use cofferdam_api::actions::VmmData;
 use cofferdam_api::config::DomainConfig;
+use cofferdam_api::server::Reply;
 use cofferdam_api::status::{Event, ExitReason, Outcome};
 use cofferdam_confidential::{Launch, Launched, Platform};
+use cofferdam_devices::virtio::vsock::SocketFile;
 use cofferdam_firmware::{acpi, layout};
 use event_manager::SubscriberOps;
 use tracing::warn;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use crate::api::{Inbox, RunTime};
 use crate::arch::{self, CpuTemplate};
 use crate::board::{Board, Buses, EventLoop};
 use crate::control::Control;
@@ -37,78 +41,122 @@ const RESERVED_PINS: u8 = 24;
 /// How long the reader of the console may take when the domain has ended.
 const CONSOLE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Runs the domain of `config` until it stops. An error means that it never ran.
-pub fn run(
-    config: &DomainConfig,
-    signals: StopSignals,
-    clock: &Arc<PhaseClock>,
-    status: &mut StatusFile,
-) -> Result<Outcome, StartError> {
-    config.validate()?;
-    let platform = cofferdam_confidential::choose(config.confidential.platform);
-    clock.reached("configured");
-    raise_descriptor_limit();
-    let mut resources = Resources::open(config)?;
-    let _vsock_file = resources.vsock_file.take();
-    clock.reached("opened");
+/// A domain that is launched, and whose vCPUs are yet to run.
+pub struct Domain {
+    control: Arc<Control>,
+    clock: Arc<PhaseClock>,
+    launched: Launched,
+    board: Board,
+    buses: Buses,
+    stop_timeout: Duration,
+    _vsock_file: Option<SocketFile>,
+}
 
-    let control = Arc::new(Control::new(clock.clone()).map_err(internal("eventfd"))?);
-    let (launched, board, buses) = launch(config, platform, resources, &control, clock)?;
-    let platform = launched.platform();
-    let protected = launched.protected();
+/// What a client of the API needs to control a domain.
+pub struct Remote {
+    /// What clients ask for.
+    pub inbox: Inbox,
+    /// The domain's configuration.
+    pub config: DomainConfig,
+    /// Who started the domain and waits to hear that it runs.
+    pub reply: Option<Reply>,
+}
 
-    let mut events = EventLoop::new().map_err(internal("event loop"))?;
-    board.register(&mut events);
-    if signals.take() > 0 {
-        return Err(StartError::Stopped("a signal"));
+impl Domain {
+    /// Launches the domain of `config`. An error leaves nothing of it.
+    pub fn launch(config: &DomainConfig, clock: &Arc<PhaseClock>) -> Result<Self, StartError> {
+        config.validate()?;
+        let platform = cofferdam_confidential::choose(config.confidential.platform);
+        clock.reached("configured");
+        raise_descriptor_limit();
+        let mut resources = Resources::open(config)?;
+        let vsock_file = resources.vsock_file.take();
+        clock.reached("opened");
+        let control = Arc::new(Control::new(clock.clone()).map_err(internal("eventfd"))?);
+        let (launched, board, buses) = launch(config, platform, resources, &control, clock)?;
+        Ok(Self {
+            control,
+            clock: clock.clone(),
+            launched,
+            board,
+            buses,
+            stop_timeout: Duration::from_millis(config.stop_timeout_ms),
+            _vsock_file: vsock_file,
+        })
     }
-    let shared = Shared { buses, control: control.clone(), gate: Gate::default() };
-    let vcpus = Vcpus::start(launched.vcpus, Arc::new(shared)).map_err(internal("vCPU threads"))?;
-    let supervisor = Supervisor::new(
-        control.clone(),
-        vcpus,
-        signals,
-        board.power_button(),
-        Duration::from_millis(config.stop_timeout_ms),
-        status.try_clone().map_err(internal("--status-file"))?,
-    )
-    .map_err(internal("supervisor"))?;
-    let supervisor = Arc::new(Mutex::new(supervisor));
-    events.add_subscriber(supervisor.clone());
 
-    match status.write(&Event::Running { platform, protected }) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-            return Err(StartError::Stopped("the end of whoever started it"));
+    /// Runs the domain until it stops. An error means that it never ran.
+    pub fn run(
+        self,
+        signals: StopSignals,
+        status: &mut StatusFile,
+        remote: Option<Remote>,
+    ) -> Result<Outcome, StartError> {
+        let Self { control, clock, launched, board, .. } = self;
+        let platform = launched.platform();
+        let protected = launched.protected();
+        let mut events = EventLoop::new().map_err(internal("event loop"))?;
+        board.register(&mut events);
+        if signals.take() > 0 {
+            return Err(StartError::Stopped("a signal"));
         }
-        Err(error) => warn!("--status-file: {error}"),
-        Ok(()) => {}
-    }
-    clock.reached("running");
-    lock(&supervisor).start();
-    while lock(&supervisor).stopped().is_none() {
-        if let Err(error) = events.run() {
-            control.stop(ExitReason::MonitorError, format!("event loop: {error}"));
-            break;
+        let shared = Shared { buses: self.buses, control: control.clone(), gate: Gate::default() };
+        let vcpus = Vcpus::start(launched.vcpus, Arc::new(shared)).map_err(internal("vCPU threads"))?;
+        let client = status.try_clone().map_err(internal("--status-file"))?;
+        let supervisor =
+            Supervisor::new(control.clone(), vcpus, signals, board.power_button(), self.stop_timeout, client)
+                .map_err(internal("supervisor"))?;
+        let supervisor = Arc::new(Mutex::new(supervisor));
+        events.add_subscriber(supervisor.clone());
+
+        match status.write(&Event::Running { platform, protected }) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                return Err(StartError::Stopped("the end of whoever started it"));
+            }
+            Err(error) => warn!("--status-file: {error}"),
+            Ok(()) => {}
         }
+        clock.reached("running");
+        lock(&supervisor).start();
+        if let Some(Remote { inbox, config, reply }) = remote {
+            if let Some(reply) = reply {
+                reply.send(Ok(VmmData::Empty));
+            }
+            events.add_subscriber(Arc::new(Mutex::new(RunTime {
+                inbox,
+                config: config.into(),
+                platform,
+                protected,
+                clock: clock.clone(),
+                control: control.clone(),
+                supervisor: supervisor.clone(),
+            })));
+        }
+        while lock(&supervisor).stopped().is_none() {
+            if let Err(error) = events.run() {
+                control.stop(ExitReason::MonitorError, format!("event loop: {error}"));
+                break;
+            }
+        }
+        board.release();
+        lock(&supervisor).end();
+        board.shut_down(CONSOLE_DEADLINE);
+        clock.reached("stopped");
+        let notes = control.notes();
+        let (exit_reason, message) = lock(&supervisor)
+            .stopped()
+            .cloned()
+            .or(notes.end)
+            .unwrap_or((ExitReason::MonitorError, "the event loop ended without a reason".to_owned()));
+        Ok(Outcome {
+            platform: Some(platform),
+            protected,
+            exit_reason,
+            exit_code: notes.exit_code,
+            message,
+            phases: clock.phases(),
+        })
     }
-    board.release();
-    lock(&supervisor).end();
-    board.shut_down(CONSOLE_DEADLINE);
-    clock.reached("stopped");
-    let notes = control.notes();
-    let (exit_reason, message) = lock(&supervisor)
-        .stopped()
-        .cloned()
-        .or(notes.end)
-        .unwrap_or((ExitReason::MonitorError, "the event loop ended without a reason".to_owned()));
-    Ok(Outcome {
-        platform: Some(platform),
-        protected,
-        exit_reason,
-        exit_code: notes.exit_code,
-        message,
-        phases: clock.phases(),
-    })
 }
 
 fn lock(supervisor: &Mutex<Supervisor>) -> std::sync::MutexGuard<'_, Supervisor> {

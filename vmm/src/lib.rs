@@ -1,4 +1,4 @@
-//! The Cofferdam monitor, as a library: [`domain::run`] takes a domain from its
+//! The Cofferdam monitor, as a library: [`domain::Domain`] takes a domain from its
 //! configuration to its end.
 //!
 //! | module | what |
@@ -9,6 +9,7 @@
 //! | [`board`] | which device is where |
 //! | [`vcpu`], [`exit`], [`gate`], [`kick`] | vCPU threads, what they exit with, how they are held and stopped |
 //! | [`control`], [`supervisor`] | what is known and wanted of a running domain; its lifecycle |
+//! | [`api`] | what clients of the REST API may do, before the start and after it |
 //! | [`phases`], [`status`], [`signals`], [`descriptor`] | the world around the monitor |
 
 // Nothing that a guest, a file or a client chooses may panic the monitor. (`unwrap` and its like are the workspace's.)
@@ -22,6 +23,7 @@
     )
 )]
 
+pub mod api;
 pub mod arch;
 pub mod board;
 pub mod boot;

@@ -17,14 +17,20 @@ use std::sync::Arc;
 
 use clap::Parser;
 use cofferdam_api::config::{DomainConfig, MAX_CONFIG_SIZE};
+use cofferdam_api::server::DEFAULT_MAX_PAYLOAD;
 use cofferdam_api::status::{Event, ExitReason, Outcome};
 use cofferdam_api::validate::check_id;
+use cofferdam_vmm::api::{Api, PreBoot, Socket, Started};
 use cofferdam_vmm::descriptor::Source;
+use cofferdam_vmm::domain::{Domain, Remote};
 use cofferdam_vmm::phases::PhaseClock;
 use cofferdam_vmm::signals::StopSignals;
+use cofferdam_vmm::start::StartError;
 use cofferdam_vmm::status::StatusFile;
-use cofferdam_vmm::{domain, start::StartError};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+
+/// As Firecracker's, so that what reads its version reads this one's.
+const VERSION: &str = concat!("v", env!("CARGO_PKG_VERSION"));
 
 const EXIT_STATUS: &str = "\
 Exit status: 0 or the guest's own code after a power-off; 121 reboot or panic; 122 triple fault or vCPU error;
@@ -34,11 +40,25 @@ SIGTERM, SIGINT and SIGHUP press the domain's power button; a second one stops i
 
 /// Run one domain in this process, until it stops.
 #[derive(Parser)]
-#[command(name = "cofferdam-vmm", version, after_help = EXIT_STATUS)]
+#[command(name = "cofferdam-vmm", display_name = "Cofferdam", version = VERSION, after_help = EXIT_STATUS)]
 struct Arguments {
-    /// The domain's configuration, as JSON: a path, or fd:N for an inherited descriptor
-    #[arg(long, value_name = "FILE")]
-    config_file: Source,
+    /// The domain's configuration, as JSON: a path, or fd:N for an inherited descriptor. The domain starts at
+    /// once
+    #[arg(long, value_name = "FILE", required_unless_present = "api_sock")]
+    config_file: Option<Source>,
+    /// Serve the REST API on this Unix socket: a path, or fd:N for an inherited one that listens. Without
+    /// --config-file the domain is configured and started by it
+    #[arg(long, value_name = "SOCKET")]
+    api_sock: Option<Source>,
+    /// Serve no API, which is so without --api-sock too
+    #[arg(long, conflicts_with = "api_sock", requires = "config_file")]
+    no_api: bool,
+    /// Largest body of a request to the API that is read, bytes
+    #[arg(long, default_value_t = DEFAULT_MAX_PAYLOAD, value_name = "BYTES")]
+    http_api_max_payload_size: usize,
+    /// Accepted for Firecracker's sake: the phases of the boot are always timed
+    #[arg(long)]
+    boot_timer: bool,
     /// Where to write what becomes of the domain, one JSON object per line: a path, or fd:N. When it is a
     /// pipe and its reader goes away, the domain's power button is pressed as for a signal
     #[arg(long, value_name = "FILE")]
@@ -81,21 +101,30 @@ fn main() -> ExitCode {
             return ExitCode::from(ExitReason::Config.process_exit_code(None));
         }
     };
-    let outcome = run(&arguments, &clock, &mut status);
+    let mut api = None;
+    let outcome = run(&arguments, &clock, &mut status, &mut api);
     match outcome.exit_reason {
         ExitReason::PowerOff => tracing::info!("{}: {}", arguments.id, outcome.message),
         _ if arguments.status_file.is_some() => tracing::info!("{}: {}", arguments.id, outcome.message),
         _ => tracing::error!("{}: {}", arguments.id, outcome.message),
     }
     let code = outcome.process_exit_code();
-    if let Err(error) = status.write(&Event::Stopped(outcome)) {
+    if let Err(error) = status.write(&Event::Stopped(outcome.clone())) {
         tracing::warn!("--status-file: {error}");
+    }
+    if let Some(api) = api {
+        api.finish(outcome);
     }
     ExitCode::from(code)
 }
 
-fn run(arguments: &Arguments, clock: &Arc<PhaseClock>, status: &mut StatusFile) -> Outcome {
-    start(arguments, clock, status).unwrap_or_else(|error| Outcome {
+fn run(
+    arguments: &Arguments,
+    clock: &Arc<PhaseClock>,
+    status: &mut StatusFile,
+    api: &mut Option<Api>,
+) -> Outcome {
+    start(arguments, clock, status, api).unwrap_or_else(|error| Outcome {
         platform: None,
         protected: false,
         exit_reason: error.reason(),
@@ -111,11 +140,34 @@ fn start(
     arguments: &Arguments,
     clock: &Arc<PhaseClock>,
     status: &mut StatusFile,
+    api: &mut Option<Api>,
 ) -> Result<Outcome, StartError> {
-    let config = read_config(&arguments.config_file)?;
+    let socket = arguments.api_sock.as_ref().map(Socket::new).transpose()?;
+    let config = arguments.config_file.as_ref().map(read_config).transpose()?;
     check_id("--id", &arguments.id)?;
     let signals = StopSignals::new().map_err(StartError::Signals)?;
-    domain::run(&config, signals, clock, status)
+    let mut inbox = None;
+    if let Some(socket) = socket {
+        let (server, requests) = Api::start(socket, &arguments.id, arguments.http_api_max_payload_size)?;
+        *api = Some(server);
+        inbox = Some(requests);
+        clock.reached("api");
+    }
+    match (config, inbox) {
+        (Some(config), inbox) => {
+            let domain = Domain::launch(&config, clock)?;
+            domain.run(signals, status, inbox.map(|inbox| Remote { inbox, config, reply: None }))
+        }
+        (None, Some(inbox)) => {
+            let client = status
+                .try_clone()
+                .map_err(|error| StartError::Internal("--status-file", error.to_string()))?;
+            let pre_boot = PreBoot::new(&arguments.id, clock.clone());
+            let Started { domain, config, reply } = pre_boot.serve(&inbox, &signals, client.as_ref())?;
+            domain.run(signals, status, Some(Remote { inbox, config, reply: Some(reply) }))
+        }
+        (None, None) => Err(StartError::Internal("--config-file", "is missing".to_owned())),
+    }
 }
 
 fn read_config(source: &Source) -> Result<DomainConfig, StartError> {

@@ -27,6 +27,11 @@ impl PhaseClock {
         }
     }
 
+    /// Goes back to what was reached before a launch that failed.
+    pub fn reset(&self, phases: Phases) {
+        *self.phases.lock().unwrap_or_else(PoisonError::into_inner) = phases;
+    }
+
     /// What was reached so far.
     pub fn phases(&self) -> Phases {
         self.phases.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
 
 use vmm_sys_util::signal::create_sigset;
 
@@ -58,6 +58,12 @@ fn is_ignored(signal: i32) -> bool {
     // SAFETY: without a new action this only writes the present one to `action`.
     let asked = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) };
     asked == 0 && action.sa_sigaction == libc::SIG_IGN
+}
+
+impl AsFd for StopSignals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
 }
 
 impl AsRawFd for StopSignals {

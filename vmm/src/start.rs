@@ -24,6 +24,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 use tracing::warn;
 
+use crate::api::ApiError;
 use crate::arch::{VcpuSetupError, VmSetupError};
 use crate::board::BoardError;
 use crate::boot::{BootError, BootFiles, BootPlan, Protocol};
@@ -56,6 +57,9 @@ pub enum StartError {
         #[source]
         error: ConfigError,
     },
+    /// The API cannot be had.
+    #[error(transparent)]
+    Api(#[from] ApiError),
     /// The configuration is wrong in itself.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -127,6 +131,7 @@ impl StartError {
         match self {
             Self::ConfigFile { .. }
             | Self::BadConfigFile { .. }
+            | Self::Api(_)
             | Self::Config(_)
             | Self::Host(_)
             | Self::Boot(_)

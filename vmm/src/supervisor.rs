@@ -9,7 +9,8 @@
 //! ```
 //!
 //! The first stop signal presses the power button and sets a deadline; the end of
-//! the client does the same, once, as nobody is left to ask for it. A guest that
+//! the client does the same, once, as nobody is left to ask for it, and so does the API,
+//! which may ask as often as it likes. A guest that
 //! says it panicked gets a moment to print and to reboot by itself.
 
 use std::fs::File;
@@ -27,6 +28,8 @@ use crate::control::Control;
 use crate::signals::StopSignals;
 use crate::vcpu::Vcpus;
 
+/// How long vCPUs may take to leave the guest: a vCPU serves an access to a device in microseconds.
+const HOLD_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a guest that panicked may go on.
 const PANIC_GRACE: Duration = Duration::from_secs(1);
 
@@ -100,6 +103,36 @@ impl Supervisor {
         self.vcpus.end();
     }
 
+    /// Holds the vCPUs. When this returns `true` they are outside the guest; else they run again.
+    pub fn pause(&mut self) -> bool {
+        self.control.pause();
+        self.look();
+        let held = self.vcpus.wait_held(HOLD_TIMEOUT);
+        if !held {
+            self.resume();
+        }
+        held
+    }
+
+    /// Lets the vCPUs run again.
+    pub fn resume(&mut self) {
+        self.control.resume();
+        self.look();
+    }
+
+    /// Presses the power button. What the guest does then is its own affair.
+    pub fn press_power_button(&self) -> std::io::Result<()> {
+        self.power_button.press()
+    }
+
+    /// Asks for a stop as the first signal does, unless one was asked for.
+    pub fn stop(&mut self) {
+        if !self.stop_asked {
+            self.stop_signal();
+            self.look();
+        }
+    }
+
     /// Acts on what was noted.
     fn look(&mut self) {
         let notes = self.control.notes();
@@ -139,9 +172,7 @@ impl Supervisor {
     /// The client is gone. Who had asked for a stop before it went gets no second one.
     fn client_gone(&mut self) {
         warn!("whoever started the domain is gone");
-        if !self.stop_asked {
-            self.stop_signal();
-        }
+        self.stop();
     }
 
     /// Sets the deadline, unless there is an earlier one.

@@ -1,0 +1,181 @@
+//! The REST API's place in the monitor.
+//!
+//! The server has a thread of its own ([`cofferdam_api::server`]); it puts what clients ask for into the
+//! [`Inbox`] and makes that readable. Everything is decided on the monitor's main thread, by one type before
+//! the start of the domain, [`PreBoot`], and by another one after it, [`RunTime`]: an action that is not legal
+//! now has no code there that could do it.
+
+mod pre_boot;
+mod run_time;
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cofferdam_api::actions::{ActionError, ActionResult, VmmData};
+use cofferdam_api::server::{Envelope, Reply, Server};
+use cofferdam_api::status::{InstanceInfo, Outcome, VmState, VmStatus};
+use cofferdam_confidential::host::survey::Survey;
+use cofferdam_devices::virtio::vsock::{self, BindError, SocketFile};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::net::sockopt::socket_acceptconn;
+use thiserror::Error;
+
+pub use pre_boot::{PreBoot, Started};
+pub use run_time::RunTime;
+
+use crate::descriptor::Source;
+
+/// Why there is no API.
+#[derive(Debug, Error)]
+pub enum ApiError {
+    /// The socket cannot be made.
+    #[error("--api-sock: {0}")]
+    Bind(#[from] BindError),
+    /// The descriptor cannot be taken over.
+    #[error("--api-sock {file}: {error}")]
+    Descriptor {
+        /// As it was given.
+        file: String,
+        /// What is wrong with it.
+        #[source]
+        error: io::Error,
+    },
+    /// The server does not start.
+    #[error("the API's server: {0}")]
+    Server(#[source] io::Error),
+}
+
+/// The API's socket. Dropping it removes the socket's file, unless it was inherited.
+pub struct Socket {
+    listener: UnixListener,
+    file: Option<SocketFile>,
+}
+
+impl Socket {
+    /// Makes the socket, or takes the one that is inherited.
+    pub fn new(source: &Source) -> Result<Self, ApiError> {
+        if let Source::Path(path) = source {
+            let (listener, file) = vsock::bind(path)?;
+            return Ok(Self { listener, file: Some(file) });
+        }
+        let failed = |error| ApiError::Descriptor { file: source.to_string(), error };
+        let descriptor = OwnedFd::from(source.open().map_err(failed)?);
+        match socket_acceptconn(&descriptor) {
+            Ok(true) => Ok(Self { listener: descriptor.into(), file: None }),
+            Ok(false) => Err(failed(io::Error::other("nobody can connect to it: it does not listen"))),
+            Err(error) => Err(failed(error.into())),
+        }
+    }
+}
+
+/// The API, from the first request to the answer of those who waited for the end.
+pub struct Api {
+    id: String,
+    waiters: Waiters,
+    /// Its end comes before that of the file, so that no other monitor takes the path before that.
+    _server: Server,
+    _file: Option<SocketFile>,
+}
+
+impl Api {
+    /// Serves the clients of `socket`, who ask for domain `id`. To be called when signals are blocked, which
+    /// are the main thread's.
+    pub fn start(socket: Socket, id: &str, max_payload: usize) -> Result<(Self, Inbox), ApiError> {
+        let (sender, envelopes) = mpsc::channel();
+        let ready = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
+            .map_err(|error| ApiError::Server(error.into()))?;
+        let ready = Arc::new(ready);
+        let bell = ready.clone();
+        let deliver = move |envelope| {
+            // Without a receiver the envelope is dropped, which tells the client.
+            let _ = sender.send(envelope);
+            // It fails only when the counter is full, and then the main thread is awake.
+            let _ = rustix::io::write(&bell, &1_u64.to_ne_bytes());
+        };
+        let server =
+            Server::start(socket.listener, max_payload, Arc::new(deliver)).map_err(ApiError::Server)?;
+        let waiters = Waiters::default();
+        let inbox = Inbox { id: id.to_owned(), envelopes, ready, waiters: waiters.clone() };
+        Ok((Self { id: id.to_owned(), waiters, _server: server, _file: socket.file }, inbox))
+    }
+
+    /// Tells those who wait how it ended, and ends the API.
+    pub fn finish(self, outcome: Outcome) {
+        let status = VmStatus::stopped(&self.id, outcome);
+        for reply in self.waiters.lock().drain(..) {
+            reply.send(Ok(VmmData::Status(Box::new(status.clone()))));
+        }
+    }
+}
+
+/// What clients ask for.
+pub struct Inbox {
+    /// Name of the domain that they ask for.
+    pub id: String,
+    envelopes: Receiver<Envelope>,
+    ready: Arc<OwnedFd>,
+    waiters: Waiters,
+}
+
+impl Inbox {
+    /// Takes the next envelope, if there is one.
+    fn take(&self) -> Option<Envelope> {
+        self.envelopes.try_recv().ok()
+    }
+
+    /// Forgets that there was something; to be called before it is all taken.
+    fn clear(&self) {
+        let _ = rustix::io::read(&self.ready, &mut [0; 8]);
+    }
+}
+
+/// Readable when there is an envelope.
+impl AsFd for Inbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ready.as_fd()
+    }
+}
+
+impl AsRawFd for Inbox {
+    fn as_raw_fd(&self) -> RawFd {
+        self.ready.as_raw_fd()
+    }
+}
+
+fn instance(id: &str, state: VmState) -> VmmData {
+    VmmData::Instance(InstanceInfo {
+        app_name: "Cofferdam".to_owned(),
+        id: id.to_owned(),
+        state,
+        vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
+    })
+}
+
+/// What the host can do.
+fn survey() -> ActionResult {
+    let survey = serde_json::to_value(Survey::of_this_host());
+    survey.map(VmmData::Host).map_err(|error| ActionError::Failed(format!("the host: {error}")))
+}
+
+/// Those who wait for the end: at most as many as there are connections, as those who have gone are forgotten
+/// when another one comes.
+#[derive(Clone, Default)]
+struct Waiters(Arc<Mutex<Vec<Reply>>>);
+
+impl Waiters {
+    fn add(&self, reply: Reply) {
+        let mut waiters = self.lock();
+        waiters.retain(Reply::is_wanted);
+        waiters.push(reply);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Reply>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests;

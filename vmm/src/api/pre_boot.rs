@@ -1,0 +1,159 @@
+//! Before the start: the configuration is put together.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use cofferdam_api::actions::{ActionError, ActionResult, Version, VmmAction, VmmData};
+use cofferdam_api::config::DomainConfig;
+use cofferdam_api::draft::Draft;
+use cofferdam_api::server::Reply;
+use cofferdam_api::status::{VmState, VmStatus};
+use cofferdam_api::validate::ConfigError;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use super::{Inbox, instance, survey};
+use crate::domain::Domain;
+use crate::phases::PhaseClock;
+use crate::signals::StopSignals;
+use crate::start::StartError;
+
+/// What a monitor does before its domain has started.
+pub struct PreBoot {
+    id: String,
+    draft: Draft,
+    clock: Arc<PhaseClock>,
+}
+
+/// A domain that a client has started.
+pub struct Started {
+    /// The domain, launched.
+    pub domain: Domain,
+    /// Its configuration.
+    pub config: DomainConfig,
+    /// Who is told when it runs.
+    pub reply: Reply,
+}
+
+/// What follows from an action.
+#[derive(Debug, PartialEq)]
+pub(super) enum Step {
+    /// An answer.
+    Answer(ActionResult),
+    /// The launch of a domain, whose result is the answer.
+    Launch(Box<DomainConfig>),
+    /// The end of the monitor.
+    Stop,
+    /// An answer when the domain has stopped.
+    Wait,
+}
+
+impl PreBoot {
+    /// Of a monitor whose domain is called `id`.
+    pub fn new(id: &str, clock: Arc<PhaseClock>) -> Self {
+        Self { id: id.to_owned(), draft: Draft::default(), clock }
+    }
+
+    /// Serves clients until one has started the domain. A launch that fails changes nothing but its files.
+    pub fn serve(
+        mut self,
+        inbox: &Inbox,
+        signals: &StopSignals,
+        client: Option<&File>,
+    ) -> Result<Started, StartError> {
+        loop {
+            wait(inbox, signals, client)?;
+            inbox.clear();
+            while let Some(envelope) = inbox.take() {
+                match self.act(envelope.action) {
+                    Step::Answer(result) => envelope.reply.send(result),
+                    Step::Wait => inbox.waiters.add(envelope.reply),
+                    Step::Stop => {
+                        envelope.reply.send(Ok(VmmData::Empty));
+                        return Err(StartError::Stopped("the API"));
+                    }
+                    Step::Launch(config) => match self.launch(&config) {
+                        Ok(domain) => return Ok(Started { domain, config: *config, reply: envelope.reply }),
+                        Err(error) => {
+                            envelope.reply.send(Err(ActionError::NotStarted(error.to_string())));
+                        }
+                    },
+                }
+            }
+        }
+    }
+
+    fn launch(&self, config: &DomainConfig) -> Result<Domain, StartError> {
+        let before = self.clock.phases();
+        Domain::launch(config, &self.clock).inspect_err(|_| self.clock.reset(before))
+    }
+
+    pub(super) fn act(&mut self, action: VmmAction) -> Step {
+        Step::Answer(match action {
+            VmmAction::Start => match self.draft.complete() {
+                Ok(config) => return Step::Launch(Box::new(config)),
+                Err(error) => Err(error),
+            },
+            VmmAction::StartWith(config) => match config.validate() {
+                Ok(()) => return Step::Launch(config),
+                Err(error) => Err(error.into()),
+            },
+            VmmAction::Stop => return Step::Stop,
+            VmmAction::Wait => return Step::Wait,
+            VmmAction::PutConfig(config) => changed(self.draft.put_config(*config)),
+            VmmAction::PutMachine(machine) => changed(self.draft.put_machine(machine)),
+            VmmAction::PatchMachine(patch) => changed(self.draft.patch_machine(patch)),
+            VmmAction::PutBoot(boot) => changed(self.draft.put_boot(boot)),
+            VmmAction::PutDrive(drive) => changed(self.draft.put_drive(drive)),
+            VmmAction::PutVsock(vsock) => changed(self.draft.put_vsock(vsock)),
+            VmmAction::PutSerial(serial) => changed(self.draft.put_serial(serial)),
+            VmmAction::PatchDrive(_) | VmmAction::PressPowerButton | VmmAction::Pause | VmmAction::Resume => {
+                Err(ActionError::BeforeStart)
+            }
+            VmmAction::GetInstance => Ok(instance(&self.id, VmState::NotStarted)),
+            VmmAction::GetVersion => Ok(VmmData::Version(Version::this())),
+            VmmAction::GetConfig => Ok(VmmData::Config(Box::new(self.draft.clone()))),
+            VmmAction::GetMachine => Ok(VmmData::Machine(self.draft.machine().clone())),
+            VmmAction::GetStatus => Ok(VmmData::Status(Box::new(self.status()))),
+            VmmAction::GetHost => survey(),
+        })
+    }
+
+    fn status(&self) -> VmStatus {
+        VmStatus {
+            id: self.id.clone(),
+            state: VmState::NotStarted,
+            platform: None,
+            protected: false,
+            exit_reason: None,
+            exit_code: None,
+            message: None,
+            phases: self.clock.phases(),
+        }
+    }
+}
+
+fn changed(result: Result<(), ConfigError>) -> ActionResult {
+    result.map(|()| VmmData::Empty).map_err(Into::into)
+}
+
+/// Waits until a client asks for something. A signal, or the end of whoever started the monitor, is an error.
+fn wait(inbox: &Inbox, signals: &StopSignals, client: Option<&File>) -> Result<(), StartError> {
+    let mut descriptors = vec![PollFd::new(inbox, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+    // Errors and hang-ups are reported unasked.
+    descriptors.extend(client.map(|client| PollFd::new(client, PollFlags::empty())));
+    loop {
+        match poll(&mut descriptors, None) {
+            Ok(_) => break,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(StartError::Internal("poll", error.to_string())),
+        }
+    }
+    if signals.take() > 0 {
+        return Err(StartError::Stopped("a signal"));
+    }
+    if descriptors.get(2).is_some_and(|client| !client.revents().is_empty()) {
+        return Err(StartError::Stopped("the end of whoever started it"));
+    }
+    Ok(())
+}

@@ -1,0 +1,126 @@
+//! After the start: the domain is watched and controlled; its configuration stays what it is. A subscriber of
+//! the domain's event loop.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cofferdam_api::actions::{ActionError, ActionResult, Version, VmmAction, VmmData};
+use cofferdam_api::draft::Draft;
+use cofferdam_api::status::{ExitReason, Platform, VmState, VmStatus};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+
+use super::{Inbox, instance, survey};
+use crate::control::Control;
+use crate::phases::PhaseClock;
+use crate::supervisor::Supervisor;
+
+/// What a monitor does for clients while its domain runs.
+pub struct RunTime {
+    /// What they ask for.
+    pub inbox: Inbox,
+    /// The configuration.
+    pub config: Draft,
+    /// The platform that the domain runs on.
+    pub platform: Platform,
+    /// Whether it protects the domain.
+    pub protected: bool,
+    /// When phases were reached.
+    pub clock: Arc<PhaseClock>,
+    /// What is known of the domain.
+    pub control: Arc<Control>,
+    /// What holds and stops it.
+    pub supervisor: Arc<Mutex<Supervisor>>,
+}
+
+impl RunTime {
+    /// Does what is asked. Nothing is answered yet to those who wait for the end.
+    pub(super) fn act(&mut self, action: VmmAction) -> Option<ActionResult> {
+        Some(match action {
+            VmmAction::Pause => self.pause(),
+            VmmAction::Resume => {
+                self.supervise(Supervisor::resume);
+                Ok(VmmData::Empty)
+            }
+            VmmAction::PressPowerButton => match self.supervise(|supervisor| supervisor.press_power_button())
+            {
+                Ok(()) => Ok(VmmData::Empty),
+                Err(error) => Err(ActionError::Failed(format!("the power button: {error}"))),
+            },
+            VmmAction::Stop => {
+                self.supervise(Supervisor::stop);
+                Ok(VmmData::Empty)
+            }
+            VmmAction::Wait => return None,
+            VmmAction::PatchDrive(patch) => self.patch_drive(&patch.drive_id),
+            VmmAction::Start
+            | VmmAction::StartWith(_)
+            | VmmAction::PutConfig(_)
+            | VmmAction::PutMachine(_)
+            | VmmAction::PatchMachine(_)
+            | VmmAction::PutBoot(_)
+            | VmmAction::PutDrive(_)
+            | VmmAction::PutVsock(_)
+            | VmmAction::PutSerial(_) => Err(ActionError::AfterStart),
+            VmmAction::GetInstance => Ok(instance(&self.inbox.id, self.state())),
+            VmmAction::GetVersion => Ok(VmmData::Version(Version::this())),
+            VmmAction::GetConfig => Ok(VmmData::Config(Box::new(self.config.clone()))),
+            VmmAction::GetMachine => Ok(VmmData::Machine(self.config.machine().clone())),
+            VmmAction::GetStatus => Ok(VmmData::Status(Box::new(self.status()))),
+            VmmAction::GetHost => survey(),
+        })
+    }
+
+    fn supervise<T>(&self, what: impl FnOnce(&mut Supervisor) -> T) -> T {
+        what(&mut self.supervisor.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn pause(&self) -> ActionResult {
+        if self.supervise(Supervisor::pause) {
+            return Ok(VmmData::Empty);
+        }
+        Err(ActionError::Failed("the vCPUs did not leave the guest in time; they run again".to_owned()))
+    }
+
+    fn patch_drive(&self, id: &str) -> ActionResult {
+        if !self.config.has_drive(id) {
+            return Err(ActionError::Failed(format!("drives: there is no drive {id:?}")));
+        }
+        Err(ActionError::Unsupported(
+            "drives: not supported by this monitor after the start; configure path_on_host and rate_limiter before it",
+        ))
+    }
+
+    fn state(&self) -> VmState {
+        if self.control.notes().paused { VmState::Paused } else { VmState::Running }
+    }
+
+    fn status(&self) -> VmStatus {
+        VmStatus {
+            id: self.inbox.id.clone(),
+            state: self.state(),
+            platform: Some(self.platform),
+            protected: self.protected,
+            exit_reason: None,
+            exit_code: self.control.notes().exit_code,
+            message: None,
+            phases: self.clock.phases(),
+        }
+    }
+}
+
+impl MutEventSubscriber for RunTime {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(&self.inbox, EventSet::IN)) {
+            self.control.stop(ExitReason::MonitorError, format!("event loop: {error}"));
+        }
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        self.inbox.clear();
+        while let Some(envelope) = self.inbox.take() {
+            match self.act(envelope.action) {
+                Some(result) => envelope.reply.send(result),
+                None => self.inbox.waiters.add(envelope.reply),
+            }
+        }
+    }
+}
