@@ -6,7 +6,7 @@ set -eu
 
 # A C toolchain to link with; tools of the tests; libraries of the emulator.
 packages="gcc libc6-dev make git ca-certificates debian-archive-keyring
-    xz-utils zstd e2fsprogs util-linux acpica-tools
+    xz-utils zstd e2fsprogs util-linux acpica-tools curl
     libglib2.0-0 libpixman-1-0 libnettle8 libhogweed6 libgmp10 libssl3 zlib1g"
 targets="x86_64-unknown-linux-musl x86_64-unknown-none"
 

@@ -7,6 +7,7 @@
 // A harness that meets the unexpected fails its test.
 #![allow(clippy::expect_used, clippy::panic)]
 
+pub mod api;
 pub mod host;
 pub mod kernels;
 pub mod place;
