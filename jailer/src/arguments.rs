@@ -15,8 +15,9 @@ use crate::limits::Limit;
 
 const MORE: &str = "\
 The jail's root directory is DIR/<name of the program>/<id>/root; sockets that the program makes there can be
-reached from outside. What lies in it before the start is left alone at the end; all else that was made for
-the jail, mounts, cgroups and directories, goes when the program ends, however it or the jailer ends.
+reached from outside, and <name of the program>.pid holds its process id. What lies in it before the start is
+left alone at the end; all else that was made for the jail, mounts, cgroups and directories, goes when the
+program ends, however it or the jailer ends.
 
 Examples:
   A monitor as user 1000 that sees its kernel, a disk, its configuration and /dev/kvm, and nothing else:

@@ -19,6 +19,7 @@ use rustix::fs::{
     ftruncate, mkdirat, open, openat, openat2, unlinkat,
 };
 use rustix::io::{Errno, pread, pwrite};
+use rustix::process::Pid;
 
 use crate::cgroup;
 
@@ -151,6 +152,9 @@ impl Claim {
         let text = claim.read_lock_file()?;
         if text.is_empty() {
             claim.state.prepared = names_in(&place.root())?;
+            if let Some(prepared) = &mut claim.state.prepared {
+                prepared.retain(|name| *name != pid_file(place));
+            }
         } else {
             claim.state = State::from_bytes(&text);
             claim.empty()?;
@@ -180,6 +184,23 @@ impl Claim {
             fchown(&opened, Some(uid), Some(gid)).map_err(failed("chown", &root))?;
         }
         Ok(())
+    }
+
+    /// Writes the monitor's process id, as the host has it, to `PROGRAM.pid` in the root directory. The file is
+    /// always a new one, so that a link that somebody put there leads nowhere.
+    pub fn note_process(&self, pid: Pid) -> Result<(), DirectoryError> {
+        let name = pid_file(&self.place);
+        let path = self.place.root().join(&name);
+        let root = self.place.open(&self.place.root())?;
+        match unlinkat(&root, &name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(failed("unlink", &path)(error)),
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(0o644);
+        let file = openat(&root, &name, flags, mode).map_err(failed("open", &path))?;
+        let text = pid.as_raw_nonzero().to_string();
+        pwrite(&file, text.as_bytes(), 0).map(drop).map_err(failed("write", &path))
     }
 
     /// Removes all that was made for the jail. Its processes are dead.
@@ -250,6 +271,12 @@ fn try_lock(place: &Place) -> Result<Option<(OwnedFd, OwnedFd)>, DirectoryError>
     }
     let links = fstat(&file).map_err(failed("stat", &path))?.st_nlink;
     Ok((links > 0).then_some((directory, file)))
+}
+
+fn pid_file(place: &Place) -> OsString {
+    let mut name = place.program.clone();
+    name.push(".pid");
+    name
 }
 
 fn make_directory(path: &Path) -> Result<(), DirectoryError> {

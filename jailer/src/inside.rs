@@ -75,6 +75,9 @@ fn hint(error: &std::io::Error) -> &'static str {
     }
 }
 
+/// What the process reports when it is in a user namespace and has no ids there yet. No error begins so.
+pub const ASK_FOR_IDS: u8 = 1;
+
 /// What the process needs to know.
 pub struct Plan<'a> {
     /// The command line.
@@ -91,9 +94,9 @@ pub struct Plan<'a> {
     pub kept: &'a [RawFd],
     /// What the standard streams become, if not the caller's.
     pub null: Option<&'a OwnedFd>,
-    /// A byte comes when all is ready outside; its end is the end of the supervisor.
+    /// A byte comes when all is ready outside, and another when the ids are; its end is the end of the supervisor.
     pub go: OwnedFd,
-    /// Closed by a successful exec; otherwise an error's text.
+    /// Perhaps [`ASK_FOR_IDS`]; then closed by a successful exec, or an error's text.
     pub report: OwnedFd,
 }
 
@@ -119,6 +122,13 @@ fn become_program(plan: &Plan<'_>) -> Result<Infallible, InsideError> {
         owner: (!plan.rootless).then_some((uid, gid)),
     })?;
     limits::apply(&arguments.limits)?;
+    // As root this is done only now: all the steps before need rights in the host's own.
+    if !plan.rootless && namespaces::enter_user()? {
+        let asked = write(&plan.report, &[ASK_FOR_IDS]);
+        if asked.is_err() || retry_on_intr(|| read(&plan.go, &mut [0; 1])) != Ok(1) {
+            return Err(InsideError::Orphan);
+        }
+    }
     privileges::drop_all(uid, gid, !plan.rootless)?;
     // The change of user has undone it.
     die_with_supervisor()?;

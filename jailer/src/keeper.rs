@@ -162,7 +162,7 @@ fn keep(charge: &Charge<'_>, socket: &OwnedFd) -> Result<(), KeeperError> {
         .map_err(KeeperError::from)
         .and_then(|()| Ok(charge.cgroups.create()?));
     answer(socket, furnished.as_ref().copied())?;
-    let monitor = watch(charge, socket);
+    let monitor = watch(charge, &claim, socket);
     if let Some(monitor) = monitor {
         let _ = pidfd_send_signal(&monitor, Signal::KILL);
         wait_until(monitor.as_fd(), PollFlags::IN)?;
@@ -171,16 +171,18 @@ fn keep(charge: &Charge<'_>, socket: &OwnedFd) -> Result<(), KeeperError> {
 }
 
 /// Admits the monitor and waits for the end of the supervisor, or for its word. Returns the monitor.
-fn watch(charge: &Charge<'_>, socket: &OwnedFd) -> Option<OwnedFd> {
+fn watch(charge: &Charge<'_>, claim: &Claim, socket: &OwnedFd) -> Option<OwnedFd> {
     let mut buffer = [0; 4];
     if retry_on_intr(|| read(socket, &mut buffer)) != Ok(buffer.len()) {
         return None;
     }
     let pid = Pid::from_raw(i32::from_ne_bytes(buffer))?;
     // The supervisor has not waited for it, so the number is still its own.
-    let monitor = pidfd_open(pid, PidfdFlags::empty()).map_err(failed("pidfd_open"));
-    let admitted =
-        monitor.and_then(|monitor| charge.cgroups.admit(pid).map(|()| monitor).map_err(Into::into));
+    let admitted = pidfd_open(pid, PidfdFlags::empty()).map_err(failed("pidfd_open")).and_then(|monitor| {
+        charge.cgroups.admit(pid)?;
+        claim.note_process(pid)?;
+        Ok(monitor)
+    });
     let _ = answer(socket, admitted.as_ref().map(|_| ()));
     let _ = wait_until(socket.as_fd(), PollFlags::empty());
     admitted.ok()

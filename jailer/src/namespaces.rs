@@ -1,5 +1,8 @@
-//! The namespaces of the jail: mount, PID, IPC, UTS, network and cgroup, and a user namespace for a caller who is
-//! not root.
+//! The namespaces of the jail: mount, PID, IPC, UTS, network, cgroup and user.
+//!
+//! For a caller who is not root the user namespace is what allows the others, so it is the first. For root it
+//! is the last, in which only the jail's own user exists; the others belong to the host's, so that nothing the
+//! jailed could gain in theirs would count there.
 //!
 //! A process that was forked into a PID namespace is its first, and the kernel kills all others in it when
 //! that one ends. The cgroup namespace is made last, when the process is in the cgroup that is to be its root.
@@ -39,6 +42,9 @@ pub enum NamespaceError {
          /proc/sys/user/max_user_namespaces and kernel.unprivileged_userns_clone): run the jailer as root"
     )]
     User(io::Error),
+    /// The user namespace could not be made.
+    #[error("namespaces: unshare CLONE_NEWUSER: {0}")]
+    EnterUser(io::Error),
     /// The cgroup namespace could not be made.
     #[error("namespaces: unshare CLONE_NEWCGROUP: {0}")]
     Cgroup(io::Error),
@@ -64,16 +70,30 @@ pub fn fork(own_network: bool, rootless: bool) -> Result<sys::Side, NamespaceErr
     })
 }
 
-/// Says who `pid`, in a user namespace of its own, is there: our user and group, under other names.
+/// Enters a user namespace of its own, and says whether this host has them.
+pub fn enter_user() -> Result<bool, NamespaceError> {
+    match sys::unshare(libc::CLONE_NEWUSER) {
+        Ok(()) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSPC | libc::EPERM)) => {
+            Ok(false)
+        }
+        Err(error) => Err(NamespaceError::EnterUser(error)),
+    }
+}
+
+/// Says who the one user and the one group are that `pid` has in its user namespace: the same as on the host
+/// or, if the caller is not root, the caller under another name.
 pub fn map_ids(pid: Pid, uid: u32, gid: u32) -> Result<(), NamespaceError> {
     let directory = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
-    let (own_uid, own_gid) = (geteuid().as_raw(), getegid().as_raw());
-    for (name, text) in [
-        // The kernel wants this before it lets an unprivileged one map groups.
-        ("setgroups", "deny".to_owned()),
-        ("gid_map", format!("{gid} {own_gid} 1")),
-        ("uid_map", format!("{uid} {own_uid} 1")),
-    ] {
+    let (own_uid, own_gid) = (geteuid(), getegid());
+    let rootless = !own_uid.is_root();
+    let (outer_uid, outer_gid) = if rootless { (own_uid.as_raw(), own_gid.as_raw()) } else { (uid, gid) };
+    // The kernel wants this before it lets an unprivileged one map groups.
+    let setgroups = rootless.then(|| ("setgroups", "deny".to_owned()));
+    for (name, text) in setgroups
+        .into_iter()
+        .chain([("gid_map", format!("{gid} {outer_gid} 1")), ("uid_map", format!("{uid} {outer_uid} 1"))])
+    {
         let path = directory.join(name);
         fs::write(&path, text).map_err(failed("write", &path))?;
     }

@@ -19,7 +19,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::arguments::Arguments;
 use crate::cgroup::{CgroupError, Cgroups};
 use crate::directory::Place;
-use crate::inside::{self, Plan};
+use crate::inside::{self, ASK_FOR_IDS, Plan};
 use crate::keeper::{Charge, Keeper, KeeperError};
 use crate::namespaces::{self, NamespaceError};
 use crate::sys::{self, Side};
@@ -212,8 +212,18 @@ fn release(
     }
     // If it is gone, its report ends without a word.
     let _ = write(goes, b"1");
+    let mut reports = fs::File::from(reports);
+    let mut first = [0];
     let mut text = String::new();
-    fs::File::from(reports).read_to_string(&mut text).map_err(failed("read"))?;
+    match reports.read(&mut first).map_err(failed("read"))? {
+        0 => {}
+        _ if first == [ASK_FOR_IDS] => {
+            namespaces::map_ids(pid, arguments.uid, arguments.gid)?;
+            let _ = write(goes, b"1");
+        }
+        _ => text.push(char::from(first[0])),
+    }
+    reports.read_to_string(&mut text).map_err(failed("read"))?;
     if text.is_empty() { Ok(()) } else { Err(SupervisorError::Inside(text)) }
 }
 

@@ -219,7 +219,7 @@ fn the_jailed_see_only_what_was_named() {
     let own = rustix::process::getpid();
     let proc = |pid: Pid, name: &str| PathBuf::from(format!("/proc/{}/{name}", pid.as_raw_nonzero()));
 
-    for namespace in ["mnt", "pid", "ipc", "uts", "net", "cgroup"] {
+    for namespace in ["mnt", "pid", "ipc", "uts", "net", "cgroup", "user"] {
         let link = |pid| fs::read_link(proc(pid, &format!("ns/{namespace}"))).unwrap();
         assert_ne!(link(monitor), link(own), "{namespace}");
     }
@@ -235,7 +235,10 @@ fn the_jailed_see_only_what_was_named() {
     assert_eq!(fs::metadata(proc(monitor, "maps")).unwrap().uid(), 0);
 
     let root = proc(monitor, "root/");
-    assert_eq!(names_in(&root), BTreeSet::from(["config.json", "dev", "kernel", "v.sock"].map(String::from)));
+    let expected = ["cofferdam-vmm.pid", "config.json", "dev", "kernel", "v.sock"];
+    assert_eq!(names_in(&root), BTreeSet::from(expected.map(String::from)));
+    let pid_file = fs::read_to_string(base.root("a").join("cofferdam-vmm.pid")).unwrap();
+    assert_eq!(pid_file, monitor.as_raw_nonzero().to_string());
     assert_eq!(names_in(&root.join("dev")), BTreeSet::from(["kvm".to_owned()]));
     assert_eq!(proc_text(monitor, "mountinfo").lines().count(), 4, "{}", proc_text(monitor, "mountinfo"));
 
@@ -451,7 +454,8 @@ fn a_daemon_runs_on_without_its_starter() {
     let (code, text) = run(with_config(command));
     assert_eq!(code, Some(0), "{text}");
     assert!(wait_until(|| base.root("a").join("v.sock").exists()));
-    let monitor = jailed(&base).into_iter().find(|pid| is_executed(*pid)).expect("a monitor");
+    let pid_file = fs::read_to_string(base.root("a").join("cofferdam-vmm.pid")).unwrap();
+    let monitor = Pid::from_raw(pid_file.parse().unwrap()).unwrap();
     assert_eq!(
         fs::read_link(format!("/proc/{}/fd/1", monitor.as_raw_nonzero())).unwrap(),
         Path::new("/dev/null")
