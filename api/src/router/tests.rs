@@ -170,3 +170,19 @@ fn every_path_of_the_document_has_a_route_and_every_route_is_in_it() {
     }
     assert_eq!(documented, ROUTES.len());
 }
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn no_request_is_too_strange_to_be_refused(
+        method in "[A-Z]{0,7}|GET|PUT|PATCH|DELETE",
+        path in "(/[a-z{}%.]{0,8}){0,3}|/drives/[^/]{0,70}|/vm|/machine-config|.{0,20}",
+        query in proptest::option::of("start=.{0,5}|timeout_ms=[0-9]{0,25}|.{0,10}"),
+        body in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200),
+    ) {
+        if let Err(error) = route(&method, &path, query.as_deref(), &body) {
+            proptest::prop_assert!(!error.to_string().is_empty());
+        }
+    }
+}

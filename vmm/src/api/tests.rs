@@ -178,6 +178,31 @@ fn the_table_has_every_route() {
     }
 }
 
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn after_any_sequence_of_requests_the_monitor_answers(
+        requests in proptest::collection::vec(0..TABLE.len(), 0..40),
+    ) {
+        let (mut before, mut after) = (pre_boot(), run_time());
+        // The survey asks the host, which takes its time and changes nothing.
+        for (request, body, _) in requests.iter().map(|index| TABLE[*index]).filter(|row| row.0 != "GET /host") {
+            before.act(action(request, body));
+            after.act(action(request, body));
+        }
+        let told = before.act(VmmAction::GetInstance);
+        proptest::prop_assert!(matches!(told, Step::Answer(Ok(VmmData::Instance(_)))));
+        let (state, _) = state(&mut after);
+        let last = requests.iter().rev().find_map(|index| match TABLE[*index].1 {
+            r#"{"state": "Paused"}"# => Some(VmState::Paused),
+            r#"{"state": "Resumed"}"# => Some(VmState::Running),
+            _ => None,
+        });
+        proptest::prop_assert_eq!(state, last.unwrap_or(VmState::Running));
+    }
+}
+
 #[test]
 fn what_is_put_together_is_what_is_launched() {
     let mut pre_boot = pre_boot();
