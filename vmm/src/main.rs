@@ -105,6 +105,10 @@ fn main() -> ExitCode {
     let outcome = run(&arguments, &clock, &mut status, &mut api);
     match outcome.exit_reason {
         ExitReason::PowerOff => tracing::info!("{}: {}", arguments.id, outcome.message),
+        // Who asked for the end, and whoever reads the status, knows.
+        ExitReason::Stopped if arguments.api_sock.is_some() => {
+            tracing::info!("{}: {}", arguments.id, outcome.message);
+        }
         _ if arguments.status_file.is_some() => tracing::info!("{}: {}", arguments.id, outcome.message),
         _ => tracing::error!("{}: {}", arguments.id, outcome.message),
     }
