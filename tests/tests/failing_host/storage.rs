@@ -68,7 +68,7 @@ fn a_file_that_shrinks_under_the_drive_is_an_error_where_nothing_is_left() {
     send(running.stdin(), b"x");
     let done = running.finish();
     assert_eq!(seen(&done), (10, 246, 7), "{done}");
-    check(&done, 246, "Input/output error");
+    check(&done, 246, "(os error 5)");
 }
 
 /// What stands for a broken disk is a file of sysfs: it has a size of a page, and every read of it fails, as a network
@@ -108,5 +108,5 @@ fn what_a_block_device_cannot_keep_is_an_error_of_the_flush() {
     let done = disks(&drive, "", "op=keep repeat=200").wrapped(wrapper).finish();
     let (_, failed, _) = seen(&done);
     assert!(failed >= 100, "{done}");
-    check(&done, failed, "Input/output error");
+    check(&done, failed, "(os error 5)");
 }
