@@ -28,7 +28,7 @@ mod sink;
 mod source;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -103,13 +103,6 @@ impl Console {
             wake,
             timer,
         })
-    }
-
-    /// A console on standard input and output.
-    pub fn stdio(line: Arc<dyn InterruptLine>) -> io::Result<Self> {
-        let input = io::stdin().as_fd().try_clone_to_owned()?;
-        let output = io::stdout().as_fd().try_clone_to_owned()?;
-        Self::new(line, Some(input), Some(output))
     }
 
     /// The serial port, for the bus.
