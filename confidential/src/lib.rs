@@ -29,6 +29,7 @@
 )]
 
 pub mod host;
+pub mod image;
 pub mod launch;
 pub mod plain;
 pub mod platform;

@@ -1,0 +1,6 @@
+//! Domain images: what is in a domain before its first instruction.
+//!
+//! Whatever an image is made of, it reaches its three sinks (the live domain,
+//! an image file, a launch digest) through one trait, [`importer::Importer`].
+
+pub mod importer;
