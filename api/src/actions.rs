@@ -4,6 +4,8 @@
 //! when: its controller before the start of the domain, and the one after. The answer is an [`ActionResult`];
 //! the server makes a response of it: 204 of [`VmmData::Empty`], 200 of other data, 400 of an error.
 
+use std::time::Duration;
+
 use serde::Serialize;
 use serde_json::Value;
 use thiserror::Error;
@@ -56,8 +58,9 @@ pub enum VmmAction {
     Pause,
     /// State `Resumed`.
     Resume,
-    /// `DELETE /vm`: asks for an orderly stop. Asking again changes nothing.
-    Stop,
+    /// `DELETE /vm`: asks for an orderly stop, and a hard one after this time, or else after that of the
+    /// configuration. Asking again changes nothing, unless the time then ends earlier.
+    Stop(Option<Duration>),
     /// `GET /vm/wait`: answered when the domain has stopped.
     Wait,
 }

@@ -12,8 +12,8 @@ use crate::actions::VmmAction;
 use crate::config::{BootSource, DomainConfig, Drive, MachineConfig, Serial, Vsock};
 use crate::requests::{ActionType, DrivePatch, InstanceAction, MachinePatch, StateChange, WantedState};
 
-/// Longest `timeout_ms` of `GET /vm/wait`, milliseconds: a day.
-pub const MAX_WAIT_MS: u64 = 24 * 60 * 60 * 1000;
+/// Longest `timeout_ms` of `GET /vm/wait` and `DELETE /vm`, milliseconds: a day.
+pub const MAX_TIMEOUT_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// What a request asks for.
 #[derive(Clone, Debug, PartialEq)]
@@ -128,6 +128,17 @@ impl Request<'_> {
         let value = value.ok_or_else(|| wrong(format!("; it can only be {name}=")))?;
         value.parse().map(Some).map_err(|_| wrong(String::new()))
     }
+
+    /// The value of query parameter `timeout_ms`.
+    fn timeout(&self) -> Result<Option<Duration>, RouteError> {
+        match self.query("timeout_ms")? {
+            Some(timeout) if timeout > MAX_TIMEOUT_MS => Err(RouteError::Query(
+                format!("timeout_ms={timeout}"),
+                format!("; at most {MAX_TIMEOUT_MS} are possible"),
+            )),
+            timeout => Ok(timeout.map(Duration::from_millis)),
+        }
+    }
 }
 
 fn act(action: VmmAction) -> Result<Call, RouteError> {
@@ -203,13 +214,7 @@ pub const ROUTES: &[Route] = &[
         "/vm/wait",
         "Answers when the domain has stopped, or at the time-out",
         "VmStatus",
-        |request| match request.query("timeout_ms")? {
-            Some(timeout) if timeout > MAX_WAIT_MS => Err(RouteError::Query(
-                format!("timeout_ms={timeout}"),
-                format!("; at most {MAX_WAIT_MS} are possible"),
-            )),
-            timeout => Ok(Call::Wait(timeout.map(Duration::from_millis))),
-        },
+        |request| request.timeout().map(Call::Wait),
     )
     .with_query("timeout_ms", "integer"),
     Route::change(
@@ -233,11 +238,11 @@ pub const ROUTES: &[Route] = &[
     Route {
         method: "DELETE",
         path: "/vm",
-        summary: "Asks for an orderly stop, with a deadline",
+        summary: "Asks for an orderly stop, and a hard one at the time-out",
         body: None,
-        query: None,
+        query: Some(("timeout_ms", "integer")),
         answer: None,
-        parse: |_| act(VmmAction::Stop),
+        parse: |request| act(VmmAction::Stop(request.timeout()?)),
     },
 ];
 

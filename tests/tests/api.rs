@@ -102,7 +102,7 @@ fn a_domain_is_configured_and_started_in_one_body() {
     monitor.done("DELETE /vm", "");
     let (_, end) = waiting.answer();
     assert_eq!(end["exit_reason"], json!("stopped"));
-    assert!(end["message"].as_str().unwrap().contains("power button"), "{end}");
+    assert!(end["message"].as_str().unwrap().contains("did not power off"), "{end}");
     assert_eq!(monitor.finish().code(), Some(143));
     assert!(is_empty(folder.path()));
 }

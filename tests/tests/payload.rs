@@ -75,7 +75,7 @@ fn a_stop_signal_ends_a_guest_that_does_not_listen_and_leaves_nothing() {
     let done = running.finish();
     assert_eq!(done.code(), 143, "{done}");
     assert_eq!(done.outcome().exit_reason, ExitReason::Stopped);
-    assert!(done.outcome().message.contains("power button"), "{done}");
+    assert!(done.outcome().message.contains("did not power off within 200 ms"), "{done}");
     assert!(!socket.exists());
     assert!(test_kill_process(monitor).is_err());
 }

@@ -125,12 +125,15 @@ impl Supervisor {
         self.power_button.press()
     }
 
-    /// Asks for a stop as the first signal does, unless one was asked for.
-    pub fn stop(&mut self) {
-        if !self.stop_asked {
-            self.stop_signal();
-            self.look();
+    /// Asks for a stop as the first signal does, unless one was asked for; the hard stop comes after `time`, or
+    /// else after the time that is configured. Asked again, it can only come earlier.
+    pub fn stop(&mut self, time: Option<Duration>) {
+        match time {
+            _ if !self.stop_asked => self.stop_within(time.unwrap_or(self.stop_timeout)),
+            Some(time) => self.stop_hard_after(time),
+            None => {}
         }
+        self.look();
     }
 
     /// Acts on what was noted.
@@ -153,8 +156,15 @@ impl Supervisor {
     }
 
     fn stop_signal(&mut self) {
-        if self.stop_asked || self.paused || self.stop_timeout.is_zero() {
-            self.control.stop(ExitReason::Stopped, "stopped hard on request".to_owned());
+        let time = if self.stop_asked { Duration::ZERO } else { self.stop_timeout };
+        self.stop_within(time);
+    }
+
+    /// Presses the power button, and stops the domain hard after `time`; at once if there is no time, or if it is
+    /// paused.
+    fn stop_within(&mut self, time: Duration) {
+        if time.is_zero() || self.paused {
+            self.stop_hard_after(Duration::ZERO);
             return;
         }
         self.stop_asked = true;
@@ -162,17 +172,23 @@ impl Supervisor {
         if let Err(error) = self.power_button.press() {
             warn!("the power button: {error}");
         }
-        let message = format!(
-            "stopped hard: the guest did not power off within {} ms of the power button",
-            self.stop_timeout.as_millis()
-        );
-        self.set_deadline(self.stop_timeout, ExitReason::Stopped, message);
+        self.stop_hard_after(time);
+    }
+
+    fn stop_hard_after(&mut self, time: Duration) {
+        if time.is_zero() {
+            self.control.stop(ExitReason::Stopped, "stopped hard on request".to_owned());
+            return;
+        }
+        let message =
+            format!("stopped hard: the guest did not power off within {} ms of the request", time.as_millis());
+        self.set_deadline(time, ExitReason::Stopped, message);
     }
 
     /// The client is gone. Who had asked for a stop before it went gets no second one.
     fn client_gone(&mut self) {
         warn!("whoever started the domain is gone");
-        self.stop();
+        self.stop(None);
     }
 
     /// Sets the deadline, unless there is an earlier one.

@@ -39,7 +39,8 @@ fn requests_are_actions() {
         ("PUT /vm", CONFIG, VmmAction::PutConfig(config.clone())),
         ("PUT /vm?start=false", CONFIG, VmmAction::PutConfig(config.clone())),
         ("PUT /vm?start=true", CONFIG, VmmAction::StartWith(config)),
-        ("DELETE /vm", "", VmmAction::Stop),
+        ("DELETE /vm", "", VmmAction::Stop(None)),
+        ("DELETE /vm?timeout_ms=0", "", VmmAction::Stop(Some(Duration::ZERO))),
         (
             "PUT /machine-config",
             r#"{"vcpu_count": 2, "mem_size_mib": 64, "smt": false, "track_dirty_pages": false}"#,

@@ -28,7 +28,7 @@ impl Fixture {
             VmmAction::Wait => kept.lock().unwrap().push(envelope.reply),
             VmmAction::GetVersion => envelope.reply.send(Ok(VmmData::Version(Version::this()))),
             VmmAction::PutSerial(_) => envelope.reply.send(Ok(VmmData::Empty)),
-            VmmAction::Stop => drop(envelope.reply),
+            VmmAction::Stop(_) => drop(envelope.reply),
             _ => envelope.reply.send(Err(ActionError::BeforeStart)),
         };
         let server = Server::start(listener, 1000, Arc::new(deliver)).unwrap();

@@ -98,7 +98,7 @@ impl PreBoot {
                 Ok(()) => return Step::Launch(config),
                 Err(error) => Err(error.into()),
             },
-            VmmAction::Stop => return Step::Stop,
+            VmmAction::Stop(_) => return Step::Stop,
             VmmAction::Wait => return Step::Wait,
             VmmAction::PutConfig(config) => changed(self.draft.put_config(*config)),
             VmmAction::PutMachine(machine) => changed(self.draft.put_machine(machine)),

@@ -45,8 +45,8 @@ impl RunTime {
                 Ok(()) => Ok(VmmData::Empty),
                 Err(error) => Err(ActionError::Failed(format!("the power button: {error}"))),
             },
-            VmmAction::Stop => {
-                self.supervise(Supervisor::stop);
+            VmmAction::Stop(time) => {
+                self.supervise(|supervisor| supervisor.stop(time));
                 Ok(VmmData::Empty)
             }
             VmmAction::Wait => return None,

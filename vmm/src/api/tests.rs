@@ -229,11 +229,11 @@ fn what_is_put_together_is_what_is_launched() {
 fn a_stop_is_asked_for_once_however_often_it_is_asked() {
     let mut run_time = run_time();
     for _ in 0..3 {
-        assert_eq!(run_time.act(VmmAction::Stop), Some(Ok(VmmData::Empty)));
+        assert_eq!(run_time.act(VmmAction::Stop(None)), Some(Ok(VmmData::Empty)));
     }
     assert!(run_time.control.notes().end.is_none(), "it was stopped hard");
     run_time.control.stop(ExitReason::PowerOff, "off".to_owned());
-    assert_eq!(run_time.act(VmmAction::Stop), Some(Ok(VmmData::Empty)));
+    assert_eq!(run_time.act(VmmAction::Stop(None)), Some(Ok(VmmData::Empty)));
 }
 
 #[test]

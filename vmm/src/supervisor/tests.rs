@@ -109,7 +109,7 @@ fn a_guest_that_does_not_power_off_is_stopped_at_the_deadline() {
     raise(libc::SIGHUP);
     let (reason, message) = domain.end();
     assert_eq!(reason, ExitReason::Stopped);
-    assert_eq!(message, "stopped hard: the guest did not power off within 20 ms of the power button");
+    assert_eq!(message, "stopped hard: the guest did not power off within 20 ms of the request");
 }
 
 #[test]
@@ -165,6 +165,34 @@ fn the_earlier_deadline_counts() {
     domain.turn();
     domain.control.panicked();
     assert_eq!(domain.end().0, ExitReason::Stopped);
+}
+
+#[test]
+fn whoever_asks_for_a_stop_may_give_it_less_time() {
+    let hard = (ExitReason::Stopped, "stopped hard on request".to_owned());
+    let stop = |domain: &Domain, time| domain.supervisor.lock().unwrap().stop(time);
+    let mut in_time = Domain::new(NEVER);
+    stop(&in_time, Some(SOON));
+    assert!(in_time.is_pressed());
+    let message = "stopped hard: the guest did not power off within 20 ms of the request";
+    assert_eq!(in_time.end(), (ExitReason::Stopped, message.to_owned()));
+    let mut at_once = Domain::new(NEVER);
+    stop(&at_once, Some(Duration::ZERO));
+    assert_eq!((at_once.end(), at_once.is_pressed()), (hard.clone(), false));
+
+    let mut again = Domain::new(NEVER);
+    for time in [None, None, Some(NEVER * 2)] {
+        stop(&again, time);
+        again.turn();
+        assert_eq!(again.stopped(), None, "{time:?}");
+    }
+    stop(&again, Some(SOON));
+    stop(&again, Some(NEVER));
+    assert_eq!(again.end(), (ExitReason::Stopped, message.to_owned()));
+    let mut hurried = Domain::new(NEVER);
+    stop(&hurried, None);
+    stop(&hurried, Some(Duration::ZERO));
+    assert_eq!(hurried.end(), hard);
 }
 
 #[test]
