@@ -11,6 +11,7 @@
 //! | [`actions`] | everything that can be asked of a monitor |
 //! | [`router`], [`openapi`] | which request asks for what, and the document that says so |
 //! | `server` (a feature) | HTTP on a Unix socket |
+//! | `client` (a feature) | a blocking client of it |
 //! | [`status`] | what the monitor says of a domain |
 
 // Nothing that a guest, a file or a client chooses may panic the monitor. (`unwrap` and its like are the workspace's.)
@@ -25,6 +26,8 @@
 )]
 
 pub mod actions;
+#[cfg(feature = "client")]
+pub mod client;
 pub mod config;
 pub mod draft;
 pub mod openapi;

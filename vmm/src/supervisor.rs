@@ -180,8 +180,10 @@ impl Supervisor {
             self.control.stop(ExitReason::Stopped, "stopped hard on request".to_owned());
             return;
         }
-        let message =
-            format!("stopped hard: the guest did not power off within {} ms of the request", time.as_millis());
+        let message = format!(
+            "stopped hard: the guest did not power off within {} ms of the request",
+            time.as_millis()
+        );
         self.set_deadline(time, ExitReason::Stopped, message);
     }
 
