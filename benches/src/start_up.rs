@@ -11,14 +11,15 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use cofferdam_tests::place;
-use rustix::time::{ClockId, clock_gettime};
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use crate::api::domain;
 use crate::report::{Better, Row, Subject};
-use crate::{Result, progress};
+use crate::server::{self, now};
+use crate::{Result, in_turns, progress};
 
 /// Memory of the guest, MiB; `floor` has the same.
-const MEMORY: u64 = 128;
+pub const MEMORY: u64 = 128;
 /// What the monitor may take besides guest memory, MiB.
 const MEMORY_LIMIT: f64 = 2.5;
 /// How often the memory is looked at.
@@ -43,23 +44,15 @@ pub fn run(rounds: usize) -> Result<Vec<Row>> {
     let directory = tempfile::tempdir_in("/dev/shm")?;
     let status = directory.path().join("status");
     let monitor = monitor(directory.path(), "first", &status)?;
-    let floor = place::floor();
-    let mut ours: Vec<Times> = Vec::new();
-    let mut theirs: Vec<Times> = Vec::new();
-    // The first round warms the page cache.
-    for round in 0..=rounds {
-        let mut command = Command::new(&floor);
-        command.arg(place::payload("first")).arg(&status);
-        let reference = measure(&mut command, &status, |last| last.get("user_space"))?;
+    let ours = || {
         // Phases since 0 are times of the clock.
-        let own = measure(monitor.command().arg("--start-time-us=0"), &status, |last| {
-            last.get("phases")?.get("user_space")
-        })?;
-        if round > 0 {
-            ours.push(own);
-            theirs.push(reference);
-        }
-    }
+        measure(monitor.command().arg("--start-time-us=0"), &status, &["phases", "user_space"])
+    };
+    let theirs = || {
+        let mut command = Command::new(place::reference("floor"));
+        measure(command.arg(place::payload("first")).arg(&status), &status, &["user_space"])
+    };
+    let (ours, theirs) = in_turns(rounds, ours, theirs)?;
     let column = |times: &[Times], of: fn(&Times) -> f64| times.iter().map(of).collect::<Vec<_>>();
     let mut rows = vec![
         (FIRST_INSTRUCTION, (|times| times.first_instruction) as fn(&Times) -> f64),
@@ -89,39 +82,34 @@ impl Monitor {
 
 fn monitor(directory: &Path, payload: &str, status: &Path) -> Result<Monitor> {
     let config = directory.join(format!("{payload}.json"));
-    let text = json!({
-        "boot-source": {"kernel_image_path": place::payload(payload)},
-        "machine-config": {"vcpu_count": 1, "mem_size_mib": MEMORY},
-        "serial": {"mode": "None"},
-    });
-    fs::write(&config, text.to_string())?;
+    fs::write(&config, domain(payload, MEMORY).to_string())?;
     Ok(Monitor { program: place::monitor(), config, status: status.to_owned() })
 }
 
-/// Runs `command` to its end. `user_space` finds the microsecond of the mark in the last line of its status file.
-fn measure(
-    command: &mut Command,
-    status: &Path,
-    user_space: impl Fn(&Value) -> Option<&Value>,
-) -> Result<Times> {
+/// Runs `command` to its end. `mark` leads to the microsecond of user space in the last line of its status file.
+fn measure(command: &mut Command, status: &Path, mark: &[&str]) -> Result<Times> {
     let _ = fs::remove_file(status);
     command.stdin(Stdio::null());
     let start = now();
     let code = command.status()?;
     let end = now();
-    let text = fs::read_to_string(status)?;
-    let last = serde_json::from_str(text.lines().last().unwrap_or_default())?;
-    let mark = user_space(&last).and_then(Value::as_f64).ok_or("the guest did not mark user space")?;
+    let last = last_line(status)?;
     if !code.success() {
         return Err(format!("{command:?}: {code}: {last}").into());
     }
-    Ok(Times { first_instruction: mark / 1000.0 - start, whole_life: end - start })
+    Ok(Times { first_instruction: milliseconds(&last, mark)? - start, whole_life: end - start })
 }
 
-/// `CLOCK_MONOTONIC`, milliseconds.
-fn now() -> f64 {
-    let time = clock_gettime(ClockId::Monotonic);
-    time.tv_sec as f64 * 1e3 + time.tv_nsec as f64 / 1e6
+/// The last line of a status file.
+pub fn last_line(status: &Path) -> Result<Value> {
+    let text = fs::read_to_string(status)?;
+    Ok(serde_json::from_str(text.lines().last().unwrap_or_default())?)
+}
+
+/// The microseconds to which `path` leads in a line of a status file, as milliseconds.
+pub fn milliseconds(line: &Value, path: &[&str]) -> Result<f64> {
+    let value = path.iter().try_fold(line, |value, name| value.get(name)).and_then(Value::as_f64);
+    Ok(value.ok_or_else(|| format!("the guest did not mark user space: no {path:?} in {line}"))? / 1e3)
 }
 
 /// The peak of what the monitor itself occupies while a guest runs: the peak of its resident set (`VmHWM`) without
@@ -153,11 +141,5 @@ fn sample_memory(pid: u32, status: &Path) -> Result<f64> {
         sleep(Duration::from_millis(10));
     }
     sleep(Duration::from_millis(100));
-    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let field = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        let value = line.and_then(|line| line.split_ascii_whitespace().next()?.parse::<f64>().ok());
-        value.ok_or_else(|| format!("no {name} in /proc/PID/status"))
-    };
-    Ok((field("VmHWM")? - field("RssShmem")?) / 1024.0)
+    Ok(server::memory(pid, "VmHWM")? - server::memory(pid, "RssShmem")?)
 }

@@ -1,7 +1,7 @@
 //! A monitor that serves its API, and raw HTTP to it.
 
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
@@ -67,9 +67,7 @@ impl ApiMonitor {
 
     /// A connection.
     pub fn connect(&self) -> Connection {
-        let stream = UnixStream::connect(&self.socket).expect("the monitor listens");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a socket has time-outs");
-        Connection(BufReader::new(stream))
+        Connection::to(&self.socket).expect("the monitor listens")
     }
 
     /// Status and body of the answer to `request`, which is a method and a path, on a connection of its own.
@@ -122,6 +120,13 @@ impl Drop for ApiMonitor {
 pub struct Connection(BufReader<UnixStream>);
 
 impl Connection {
+    /// A new connection to the server on `socket`.
+    pub fn to(socket: &Path) -> io::Result<Self> {
+        let stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
     /// Writes bytes.
     pub fn write(&mut self, bytes: &[u8]) {
         self.0.get_mut().write_all(bytes).expect("the monitor reads");

@@ -53,7 +53,7 @@ pub fn bench_guest() -> PathBuf {
     built("x86_64-unknown-linux-musl", "bench-guest", "make build")
 }
 
-/// The least that a monitor can do, as a program.
-pub fn floor() -> PathBuf {
-    built("x86_64-unknown-linux-musl", "floor", "make bench")
+/// A program that the monitor or the jailer is held against: the least that can do a part of its work.
+pub fn reference(name: &str) -> PathBuf {
+    built("x86_64-unknown-linux-musl", name, "make bench")
 }

@@ -5,11 +5,13 @@ use std::process::ExitCode;
 use std::{env, fs};
 
 use cofferdam_benches::report::{self, Row};
-use cofferdam_benches::{Result, guests, inside, progress, start_up};
+use cofferdam_benches::{Result, api, crowd, guests, inside, jail, progress, start_up};
 use cofferdam_tests::place;
 
 /// Numbers of runs: more make the medians steadier, and `make bench` longer.
 const STARTS: usize = 100;
+const JAILS: usize = 50;
+const CROWDS: usize = 5;
 const BOOTS: usize = 5;
 const DEVICES: usize = 30;
 
@@ -19,12 +21,13 @@ fn main() -> ExitCode {
     let done = match words.as_slice() {
         [] => all(),
         ["start-up"] => start_up::run(STARTS).map(show),
+        ["api"] => api_and_jail().map(show),
         ["boot"] => guests::run(BOOTS, 0).map(show),
         ["devices"] => guests::run(0, DEVICES).map(show),
         ["inside", plan] => inside::run(Path::new(plan)),
         // The rig starts this program as its agent.
         ["agent"] => xtask::agent::run().map_err(Into::into),
-        _ => Err("usage: bench [start-up | boot | devices]".into()),
+        _ => Err("usage: bench [start-up | api | boot | devices]".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -41,10 +44,15 @@ fn show(rows: Vec<Row>) {
 
 fn all() -> Result<()> {
     let mut rows = start_up::run(STARTS)?;
+    rows.extend(api_and_jail()?);
     rows.extend(guests::run(BOOTS, DEVICES)?);
     let path = place::root().join("target/bench.json");
     fs::write(&path, serde_json::to_vec_pretty(&rows)?)?;
     show(rows);
     progress(format_args!("{} has the same", path.display()));
     Ok(())
+}
+
+fn api_and_jail() -> Result<Vec<Row>> {
+    Ok([api::run(STARTS)?, jail::run(JAILS)?, crowd::run(CROWDS)?].concat())
 }

@@ -1,6 +1,6 @@
 //! `floor KERNEL STATUS_FILE`: the least that a monitor can do. It makes the KVM calls that a guest of one vCPU and
-//! 128 MiB needs, in the cheapest order, runs a payload to its end, and writes when the payload marked user space, in
-//! microseconds of `CLOCK_MONOTONIC`, as a line of JSON.
+//! 128 MiB needs, in the cheapest order, runs a payload to its end, and writes when it began itself and when the
+//! payload marked user space, in microseconds of `CLOCK_MONOTONIC`, as a line of JSON.
 //!
 //! | call | why no guest does without |
 //! |---|---|
@@ -44,6 +44,7 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
+    let start = now();
     let mut arguments = env::args_os().skip(1);
     let (Some(kernel), Some(status)) = (arguments.next(), arguments.next()) else {
         return Err("usage: floor KERNEL STATUS_FILE".into());
@@ -70,7 +71,7 @@ fn run() -> Result<()> {
     vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
     enter_at(&vcpu, entry)?;
     let user_space = run_guest(&mut vcpu)?;
-    fs::write(status, format!("{{\"user_space\":{user_space}}}\n"))?;
+    fs::write(status, format!("{{\"start\":{start},\"user_space\":{user_space}}}\n"))?;
     Ok(())
 }
 
