@@ -8,18 +8,25 @@
 //!   0x0000_6000    PVH start info, memory map and module list
 //!   0x0000_7000    boot_params ("zero page")
 //!   0x0000_9000    page tables at entry (PML4, PDPT, PD)
+//!   0x0001_0000    first stage: code, data, stack
+//!   0x0001_B000    page tables at its entry (PML4, PDPT)
+//!   0x0001_E000    launch manifest
+//!   0x0001_F000    parameter page
 //!   0x0002_0000    kernel command line
+//!   0x0002_1000    host data, as setup_data of the boot protocol
 //!   0x0009_0000    end of usable low memory
+//!   0x0009_2000    SEV-SNP: secrets page, then CPUID page
 //!   0x000E_0000    ACPI tables, RSDP first (reserved in the e820 map)
 //!   0x000F_F000    reset stub: a BIOS-style jump to ffff:0 becomes a reset
 //!   0x0010_0000    kernel (at its preferred address), initrd at the end of
 //!                  the RAM below 3 GiB
 //! 0xC000_0000  load window: images mapped for the first stage (768 MiB)
 //! 0xF000_0000  virtio-mmio devices, 64 slots of 4 KiB
-//! 0xF004_0000  the guest's ports 0x620 and 0x621 once more, for kernels without /dev/port
+//! 0xF004_0000  the guest's ports 0x620 to 0x622 once more, for kernels without /dev/port
 //! 0xFEC0_0000  I/O APIC
 //! 0xFEE0_0000  local APICs
 //! 0xFFFB_C000  KVM's identity map page and task state segment (4 pages)
+//! 0xFFFF_F000  TDX: reset page, where vCPUs start
 //! 0x1_0000_0000  the rest of RAM
 //!
 //! port
@@ -31,6 +38,7 @@
 //! 0x604..0x607  generic event device: pending events, cleared by reading
 //! 0x620         guest exit code
 //! 0x621         "user space reached" mark
+//! 0x622         the first stage's reason to stop
 //!
 //! I/O APIC pin
 //! 4             serial port
@@ -64,12 +72,28 @@ pub const PVH_START_INFO: u64 = 0x6000;
 pub const BOOT_PARAMS: u64 = 0x7000;
 /// Page tables at entry: PML4, PDPT and one PD, a page each.
 pub const BOOT_PAGE_TABLES: u64 = 0x9000;
+/// The first stage: its first instruction, then its code, data and stack. Where its bytes go in an image.
+pub const STAGE: u64 = 0x1_0000;
+/// End of what the first stage may occupy.
+pub const STAGE_END: u64 = 0x1_B000;
+/// Page tables at the first stage's entry ([`crate::page_tables`]): PML4 and PDPT, a page each.
+pub const STAGE_PAGE_TABLES: u64 = 0x1_B000;
+/// The launch manifest ([`crate::manifest`]), one page.
+pub const LAUNCH_MANIFEST: u64 = 0x1_E000;
+/// The parameter page ([`crate::parameters`]).
+pub const PARAMETER_PAGE: u64 = 0x1_F000;
 /// Kernel command line.
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// Longest kernel command line, bytes, without the terminating NUL.
 pub const COMMAND_LINE_MAX: usize = 2048;
+/// A `setup_data` node with the domain's host data, if its image wants them.
+pub const HOST_DATA_NODE: u64 = 0x2_1000;
 /// End of usable low memory; from here to 1 MiB the e820 map says "reserved".
 pub const LOW_MEMORY_END: u64 = 0x9_0000;
+/// SEV-SNP's secrets page.
+pub const SNP_SECRETS: u64 = 0x9_2000;
+/// SEV-SNP's CPUID page.
+pub const SNP_CPUID: u64 = 0x9_3000;
 /// RSDP; the other ACPI tables follow it.
 pub const ACPI_TABLES: u64 = 0xE_0000;
 /// Space for the ACPI tables, bytes.
@@ -98,7 +122,7 @@ pub const VIRTIO_MMIO_STRIDE: u64 = 0x1000;
 /// Number of virtio-mmio slots.
 pub const VIRTIO_MMIO_SLOTS: u8 = 64;
 
-/// [`EXIT_CODE_PORT`] and [`USER_SPACE_PORT`] once more, a byte each: some kernels (Debian's cloud flavour) have
+/// [`EXIT_CODE_PORT`], [`USER_SPACE_PORT`] and [`REFUSAL_PORT`] once more, a byte each: some kernels (Debian's cloud flavour) have
 /// /dev/mem but no /dev/port.
 pub const GUEST_PORT_MMIO: u64 = VIRTIO_MMIO + VIRTIO_MMIO_SLOTS as u64 * VIRTIO_MMIO_STRIDE;
 
@@ -114,6 +138,9 @@ pub const LOCAL_APIC: u64 = 0xFEE0_0000;
 pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
 /// `KVM_SET_TSS_ADDR`, three pages.
 pub const KVM_TSS: u64 = 0xFFFB_D000;
+
+/// The page with the reset vector of TDX, at the end of the first 4 GiB.
+pub const TDX_RESET_PAGE: u64 = 0xFFFF_F000;
 
 /// i8042 data port.
 pub const I8042_DATA_PORT: u16 = 0x60;
@@ -143,6 +170,8 @@ pub const EVENT_POWER_BUTTON: u32 = 1;
 pub const EXIT_CODE_PORT: u16 = 0x620;
 /// Any byte written here says "user space reached"; the first one counts.
 pub const USER_SPACE_PORT: u16 = 0x621;
+/// A byte written here stops the domain; it is a [`crate::reason::Reason`] of the first stage.
+pub const REFUSAL_PORT: u16 = 0x622;
 
 /// I/O APIC pin of the serial port.
 pub const SERIAL_PIN: u8 = 4;
@@ -169,6 +198,10 @@ pub const fn ram_ranges(memory: u64) -> [(u64, u64); 2] {
 }
 
 const _: () = {
+    assert!(BOOT_PAGE_TABLES + 3 * PAGE_SIZE <= STAGE && STAGE_END <= STAGE_PAGE_TABLES);
+    assert!(STAGE_PAGE_TABLES + 2 * PAGE_SIZE <= LAUNCH_MANIFEST);
+    assert!(PARAMETER_PAGE + PAGE_SIZE <= COMMAND_LINE);
+    assert!(COMMAND_LINE + (COMMAND_LINE_MAX as u64) < HOST_DATA_NODE);
     assert!(ACPI_TABLES + ACPI_TABLES_SIZE <= RESET_STUB_PAGE);
     assert!(LOAD_WINDOW + LOAD_WINDOW_SIZE <= VIRTIO_MMIO);
     assert!(GUEST_PORT_MMIO < IO_APIC);

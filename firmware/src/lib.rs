@@ -1,8 +1,14 @@
 //! What the monitor and the code in its guests must agree on: the map of
-//! guest-physical addresses and ports, and the ACPI tables that describe it.
+//! guest-physical addresses and ports, the ACPI tables that describe it, and
+//! what an image and its monitor tell the first stage.
 //!
-//! No `std` and no allocation: the measured first stage will link this crate.
+//! No `std` and no allocation: the measured first stage links this crate.
 #![cfg_attr(not(test), no_std)]
 
 pub mod acpi;
+mod fields;
 pub mod layout;
+pub mod manifest;
+pub mod page_tables;
+pub mod parameters;
+pub mod reason;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cofferdam_api::status::ExitReason;
 use cofferdam_devices::platform::GuestRequests;
+use cofferdam_firmware::reason::Reason;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::phases::PhaseClock;
@@ -102,6 +103,14 @@ impl GuestRequests for Control {
     fn user_space(&self) {
         self.phases.reached("user_space");
     }
+
+    fn refused(&self, reason: u8) {
+        let message = match Reason::from_code(reason) {
+            Some(reason) => format!("the first stage stopped the domain: {reason}"),
+            None => format!("the guest stopped itself, for the unknown reason {reason}"),
+        };
+        self.stop(ExitReason::RefusedByGuest, message);
+    }
 }
 
 #[cfg(test)]
@@ -134,6 +143,19 @@ mod tests {
         panicked.reset();
         assert_eq!(end(&rebooted), ExitReason::Reboot);
         assert_eq!(end(&panicked), ExitReason::Panic);
+    }
+
+    #[test]
+    fn a_refusal_is_told_in_words() {
+        for (code, words) in
+            [(7, "the first stage stopped the domain: kernel hash mismatch"), (0, "unknown reason 0")]
+        {
+            let control = control();
+            control.refused(code);
+            let (reason, message) = control.notes().end.unwrap();
+            assert_eq!(reason, ExitReason::RefusedByGuest);
+            assert!(message.contains(words), "{message}");
+        }
     }
 
     #[test]

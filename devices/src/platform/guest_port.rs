@@ -1,45 +1,53 @@
-//! Two ports through which a program in the guest speaks to the monitor.
+//! Three ports through which a program in the guest speaks to the monitor.
 //!
 //! ```text
 //! offset 0  exit code: any byte; it counts when the guest powers off
 //! offset 1  "user space reached": any byte; the first one counts
+//! offset 2  refusal: the first stage's reason not to enter the kernel; the domain ends
 //! ```
 //!
-//! Both take byte writes, as `/dev/port` makes them:
+//! All take byte writes, as `/dev/port` makes them:
 //!
 //! ```sh
 //! printf '\007' | dd of=/dev/port bs=1 seek=$((0x620)) conv=notrunc 2>/dev/null
 //! ```
 //!
 //! and are mounted in MMIO as well, for kernels that have only `/dev/mem`. A wider write is one write per byte, to ports that follow each other. Reading
-//! gives back what was written last (the code; 1 for the mark) and 0 before that,
+//! gives back what was written last (the code, the reason; 1 for the mark) and 0 before that,
 //! so that a guest can tell these ports from absent ones, which read 0xFF.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use cofferdam_firmware::layout::{EXIT_CODE_PORT, USER_SPACE_PORT};
+use cofferdam_firmware::layout::{EXIT_CODE_PORT, REFUSAL_PORT, USER_SPACE_PORT};
 
 use super::{GuestRequests, bytes_at, bytes_at_mut};
 use crate::bus::BusDevice;
 
 /// Number of ports, from [`EXIT_CODE_PORT`].
-pub const GUEST_PORTS: u64 = USER_SPACE + 1;
+pub const GUEST_PORTS: u64 = REFUSAL + 1;
 
 const EXIT_CODE: u64 = 0;
 const USER_SPACE: u64 = (USER_SPACE_PORT - EXIT_CODE_PORT) as u64;
+const REFUSAL: u64 = (REFUSAL_PORT - EXIT_CODE_PORT) as u64;
 
-/// The exit code port and the user space port, to be put at [`EXIT_CODE_PORT`].
+/// The three ports, to be put at [`EXIT_CODE_PORT`].
 pub struct GuestPort {
     requests: Arc<dyn GuestRequests>,
     exit_code: AtomicU8,
     user_space: AtomicU8,
+    refusal: AtomicU8,
 }
 
 impl GuestPort {
     /// Ports that pass what the guest says to `requests`, every time that it says it.
     pub fn new(requests: Arc<dyn GuestRequests>) -> Self {
-        Self { requests, exit_code: AtomicU8::new(0), user_space: AtomicU8::new(0) }
+        Self {
+            requests,
+            exit_code: AtomicU8::new(0),
+            user_space: AtomicU8::new(0),
+            refusal: AtomicU8::new(0),
+        }
     }
 }
 
@@ -49,6 +57,7 @@ impl BusDevice for GuestPort {
             match offset {
                 EXIT_CODE => *byte = self.exit_code.load(Ordering::Relaxed),
                 USER_SPACE => *byte = self.user_space.load(Ordering::Relaxed),
+                REFUSAL => *byte = self.refusal.load(Ordering::Relaxed),
                 _ => {}
             }
         }
@@ -64,6 +73,10 @@ impl BusDevice for GuestPort {
                 (USER_SPACE, _) => {
                     self.user_space.store(1, Ordering::Relaxed);
                     self.requests.user_space();
+                }
+                (REFUSAL, reason) => {
+                    self.refusal.store(reason, Ordering::Relaxed);
+                    self.requests.refused(reason);
                 }
                 _ => {}
             }
@@ -87,7 +100,9 @@ mod tests {
         device.write(EXIT_CODE, &[255]);
         assert_eq!(requests.take(), [Request::UserSpace, Request::ExitCode(7), Request::ExitCode(255)]);
         assert_eq!((read_byte(&device, EXIT_CODE), read_byte(&device, USER_SPACE)), (255, 1));
-        assert_eq!(read_byte(&device, 2), 0xFF);
+        device.write(REFUSAL, &[9]);
+        assert_eq!(requests.take(), [Request::Refused(9)]);
+        assert_eq!((read_byte(&device, REFUSAL), read_byte(&device, 3)), (9, 0xFF));
     }
 
     #[test]

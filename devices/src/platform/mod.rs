@@ -26,6 +26,8 @@ pub trait GuestRequests: Send + Sync {
     fn exit_code(&self, code: u8);
     /// The guest reached user space.
     fn user_space(&self);
+    /// The first stage did not enter the kernel, for the reason with this code.
+    fn refused(&self, reason: u8);
 }
 
 /// Locks `mutex`, also when a thread panicked with it: no state here is left half changed.

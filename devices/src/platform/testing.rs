@@ -18,6 +18,7 @@ pub enum Request {
     Panicked,
     ExitCode(u8),
     UserSpace,
+    Refused(u8),
 }
 
 /// Notes the guest's requests.
@@ -50,6 +51,9 @@ impl GuestRequests for Requests {
     }
     fn user_space(&self) {
         self.note(Request::UserSpace);
+    }
+    fn refused(&self, reason: u8) {
+        self.note(Request::Refused(reason));
     }
 }
 

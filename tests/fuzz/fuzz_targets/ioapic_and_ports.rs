@@ -70,6 +70,9 @@ impl GuestRequests for Requests {
     fn user_space(&self) {
         self.0.fetch_add(1, Ordering::SeqCst);
     }
+    fn refused(&self, _reason: u8) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 const PORTS: [(u16, u64); 6] = [
