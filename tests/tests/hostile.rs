@@ -24,8 +24,9 @@ use tempfile::TempDir;
 
 /// What the monitor may take in memory during an attack, KiB, with what the guest touches of its own meanwhile.
 const MEMORY: u64 = 32 << 10;
-/// Lines on stderr: what `cofferdam` says itself, and what a device may say of some hundred breakdowns.
-const LINES: usize = 12;
+/// Lines on stderr: what `cofferdam` says itself, and five of a kind and a count of the rest, of which a case may have
+/// one for each of the three virtio devices and one more.
+const LINES: usize = 1 + 4 * 6;
 /// Bytes of a drive.
 const DRIVE: usize = 1 << 20;
 /// What the drives are full of.

@@ -28,6 +28,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
 use crate::control::Control;
+use crate::metrics::DeviceMetrics;
 use crate::start::ConsoleFiles;
 
 /// A device that could not be put on the board.
@@ -88,13 +89,15 @@ impl MsiSink for KvmMsi {
 }
 
 impl Board {
-    /// Puts the devices on the buses. `virtio` devices take the slots in their order.
+    /// Puts the devices on the buses. `virtio` devices take the slots in their order. What the devices count in is
+    /// added to `metrics`.
     pub fn new(
         vm: &Arc<VmFd>,
         memory: &Arc<GuestMemoryMmap>,
         control: &Arc<Control>,
         console: ConsoleFiles,
         virtio: Vec<Box<dyn VirtioDevice>>,
+        metrics: &mut DeviceMetrics,
     ) -> Result<(Self, Buses), BoardError> {
         let io_apic = Arc::new(IoApic::new(Arc::new(KvmMsi(vm.clone()))));
         let line = |pin| io_apic.line(pin).ok_or(BoardError::NoPin(pin));
@@ -104,9 +107,13 @@ impl Board {
         let power_button = Arc::new(PowerButton::new(line(layout::EVENT_PIN)?));
         let console = Console::new(line(layout::SERIAL_PIN)?, console.input, console.output)
             .map_err(host("the console"))?;
+        let i8042 = Arc::new(I8042::new(control.clone()));
+        metrics.interrupts = io_apic.metrics();
+        metrics.uart = console.port().metrics();
+        metrics.i8042 = i8042.metrics();
         let guest_port = Arc::new(GuestPort::new(control.clone()));
         let ports: [(u16, u64, Arc<dyn BusDevice>); 6] = [
-            (layout::I8042_DATA_PORT, I8042_PORTS, Arc::new(I8042::new(control.clone()))),
+            (layout::I8042_DATA_PORT, I8042_PORTS, i8042),
             (layout::SERIAL_PORT, SERIAL_PORTS, console.port()),
             (layout::PVPANIC_PORT, 1, Arc::new(PvPanic::new(control.clone()))),
             (layout::SLEEP_CONTROL_PORT, SLEEP_PORTS, Arc::new(SleepRegisters::new(control.clone()))),
@@ -127,6 +134,7 @@ impl Board {
             let transport = MmioTransport::new(device, memory.clone(), line(layout::virtio_mmio_pin(slot))?)
                 .map_err(host("a virtio device's eventfds"))?;
             let transport = Arc::new(transport);
+            metrics.transports.push(transport.metrics());
             let address = layout::virtio_mmio_address(slot);
             notify_by_eventfd(vm, address, &transport)?;
             buses.mmio.add(address, MMIO_SIZE, transport.clone())?;

@@ -28,6 +28,7 @@ use crate::board::{Board, Buses, EventLoop};
 use crate::control::Control;
 use crate::gate::Gate;
 use crate::memory;
+use crate::metrics::DeviceMetrics;
 use crate::phases::PhaseClock;
 use crate::signals::StopSignals;
 use crate::start::{Resources, StartError, memory_size, raise_descriptor_limit};
@@ -48,6 +49,7 @@ pub struct Domain {
     launched: Launched,
     board: Board,
     buses: Buses,
+    metrics: DeviceMetrics,
     stop_timeout: Duration,
     _vsock_file: Option<SocketFile>,
 }
@@ -73,13 +75,15 @@ impl Domain {
         let vsock_file = resources.vsock_file.take();
         clock.reached("opened");
         let control = Arc::new(Control::new(clock.clone()).map_err(internal("eventfd"))?);
-        let (launched, board, buses) = launch(config, platform, resources, &control, clock)?;
+        let mut metrics = std::mem::take(&mut resources.metrics);
+        let (launched, board, buses) = launch(config, platform, resources, &control, clock, &mut metrics)?;
         Ok(Self {
             control,
             clock: clock.clone(),
             launched,
             board,
             buses,
+            metrics,
             stop_timeout: Duration::from_millis(config.stop_timeout_ms),
             _vsock_file: vsock_file,
         })
@@ -92,7 +96,7 @@ impl Domain {
         status: &mut StatusFile,
         remote: Option<Remote>,
     ) -> Result<Outcome, StartError> {
-        let Self { control, clock, launched, board, .. } = self;
+        let Self { control, clock, launched, board, metrics, .. } = self;
         let platform = launched.platform();
         let protected = launched.protected();
         let mut events = EventLoop::new().map_err(internal("event loop"))?;
@@ -100,7 +104,12 @@ impl Domain {
         if signals.take() > 0 {
             return Err(StartError::Stopped("a signal"));
         }
-        let shared = Shared { buses: self.buses, control: control.clone(), gate: Gate::default() };
+        let shared = Shared {
+            buses: self.buses,
+            control: control.clone(),
+            gate: Gate::default(),
+            metrics: metrics.vcpus.clone(),
+        };
         let vcpus = Vcpus::start(launched.vcpus, Arc::new(shared)).map_err(internal("vCPU threads"))?;
         let client = status.try_clone().map_err(internal("--status-file"))?;
         let supervisor =
@@ -141,6 +150,7 @@ impl Domain {
         board.release();
         lock(&supervisor).end();
         board.shut_down(CONSOLE_DEADLINE);
+        metrics.log_unlogged();
         clock.reached("stopped");
         let notes = control.notes();
         let (exit_reason, message) = lock(&supervisor)
@@ -174,6 +184,7 @@ fn launch(
     resources: Resources,
     control: &Arc<Control>,
     clock: &PhaseClock,
+    metrics: &mut DeviceMetrics,
 ) -> Result<(Launched, Board, Buses), StartError> {
     let count = config.machine.vcpu_count;
     let vm = Launch::new(&resources.kvm, platform)?;
@@ -193,7 +204,9 @@ fn launch(
     for (index, vcpu) in (0..).zip(launch.vcpus()) {
         arch::set_up(vcpu, index, &template, &entry)?;
     }
-    let (board, buses) = Board::new(launch.vm(), &memory, control, resources.console, resources.virtio)?;
+    let (board, buses) =
+        Board::new(launch.vm(), &memory, control, resources.console, resources.virtio, metrics)?;
+    metrics.vcpus = (0..count).map(|_| Arc::default()).collect();
     let launched = launch.finish()?;
     clock.reached("launched");
     Ok((launched, board, buses))

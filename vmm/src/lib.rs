@@ -10,6 +10,7 @@
 //! | [`vcpu`], [`exit`], [`gate`], [`kick`] | vCPU threads, what they exit with, how they are held and stopped |
 //! | [`control`], [`supervisor`] | what is known and wanted of a running domain; its lifecycle |
 //! | [`api`] | what clients of the REST API may do, before the start and after it |
+//! | [`metrics`] | what is counted and timed |
 //! | [`phases`], [`status`], [`signals`], [`descriptor`] | the world around the monitor |
 
 // Nothing that a guest, a file or a client chooses may panic the monitor. (`unwrap` and its like are the workspace's.)
@@ -34,6 +35,7 @@ pub mod exit;
 pub mod gate;
 pub mod kick;
 pub mod memory;
+pub mod metrics;
 pub mod phases;
 pub mod signals;
 pub mod start;

@@ -29,6 +29,7 @@ use crate::arch::{VcpuSetupError, VmSetupError};
 use crate::board::BoardError;
 use crate::boot::{BootError, BootFiles, BootPlan, Protocol};
 use crate::memory::MemoryError;
+use crate::metrics::DeviceMetrics;
 
 /// Where KVM is.
 const KVM_DEVICE: &str = "/dev/kvm";
@@ -171,6 +172,8 @@ pub struct Resources {
     pub vsock_file: Option<SocketFile>,
     /// Where the console goes.
     pub console: ConsoleFiles,
+    /// What drives and vsock count in.
+    pub metrics: DeviceMetrics,
 }
 
 impl Resources {
@@ -189,21 +192,25 @@ impl Resources {
         )?
         .plan(memory_size(config))?;
         let mut virtio: Vec<Box<dyn VirtioDevice>> = Vec::new();
+        let mut metrics = DeviceMetrics::default();
         for (index, drive) in config.drives.iter().enumerate() {
             let file = BlockFile::open(block_options(drive))
                 .map_err(|source| StartError::Drive { index, source })?;
             let block = Block::new(file).map_err(|source| StartError::Block { index, source })?;
+            metrics.drives.push((drive.drive_id.clone(), block.metrics()));
             virtio.push(Box::new(block));
         }
         let mut vsock_file = None;
         if let Some(config) = &config.vsock {
             let (listener, file) = vsock::bind(&config.uds_path)?;
             vsock_file = Some(file);
-            virtio.push(Box::new(Vsock::new(config.guest_cid, listener, config.uds_path.clone())?));
+            let device = Vsock::new(config.guest_cid, listener, config.uds_path.clone())?;
+            metrics.vsock = device.metrics();
+            virtio.push(Box::new(device));
         }
         // Last: it may create a file, which nothing takes away again.
         let console = open_console(&config.serial)?;
-        Ok(Self { kvm, boot, virtio, vsock_file, console })
+        Ok(Self { kvm, boot, virtio, vsock_file, console, metrics })
     }
 }
 

@@ -6,6 +6,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use cofferdam_api::status::ExitReason;
+use cofferdam_metrics::{Counter, Latency, group};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::board::Buses;
@@ -13,6 +14,32 @@ use crate::control::Control;
 use crate::exit;
 use crate::gate::Gate;
 use crate::kick::{self, Kickable};
+
+group! {
+    /// Of the vCPUs.
+    pub struct VcpuMetrics {
+        /// Exits for reads of a port
+        pub exit_io_in: Counter,
+        /// Exits for writes of a port
+        pub exit_io_out: Counter,
+        /// Exits for reads of a device's memory
+        pub exit_mmio_read: Counter,
+        /// Exits for writes of a device's memory
+        pub exit_mmio_write: Counter,
+        /// Exits because the monitor wanted the vCPU to look at the gate, or a signal came
+        pub exit_kicked: Counter,
+        /// vCPUs that could not go on
+        pub failures: Counter,
+        /// Time in which reads of a port were served
+        pub exit_io_in_agg: Latency,
+        /// Time in which writes of a port were served
+        pub exit_io_out_agg: Latency,
+        /// Time in which reads of a device's memory were served
+        pub exit_mmio_read_agg: Latency,
+        /// Time in which writes of a device's memory were served
+        pub exit_mmio_write_agg: Latency,
+    }
+}
 
 /// What all vCPUs of a domain share.
 pub struct Shared {
@@ -22,6 +49,8 @@ pub struct Shared {
     pub control: Arc<Control>,
     /// Whether vCPUs run.
     pub gate: Gate,
+    /// What each vCPU counts in, by its number.
+    pub metrics: Vec<Arc<VcpuMetrics>>,
 }
 
 /// The vCPU threads of a domain. Dropping it ends them.
@@ -82,11 +111,16 @@ impl Drop for Vcpus {
 }
 
 fn run(index: usize, mut vcpu: Kickable, shared: &Shared) {
+    let metrics = shared.metrics.get(index).cloned().unwrap_or_default();
     while shared.gate.pass() {
-        match run_once(vcpu.vcpu(), shared) {
+        match run_once(vcpu.vcpu(), shared, &metrics) {
             Ok(()) => {}
-            Err(Stop::Kicked) => vcpu.clear(),
+            Err(Stop::Kicked) => {
+                metrics.exit_kicked.count();
+                vcpu.clear();
+            }
             Err(Stop::Ended(reason, what)) => {
+                metrics.failures.count();
                 shared.control.stop(reason, format!("vCPU {index}: {what}"));
                 return;
             }
@@ -103,12 +137,25 @@ enum Stop {
 }
 
 /// Enters the guest and serves one exit.
-fn run_once(vcpu: &mut VcpuFd, shared: &Shared) -> Result<(), Stop> {
+fn run_once(vcpu: &mut VcpuFd, shared: &Shared, metrics: &VcpuMetrics) -> Result<(), Stop> {
     let broken = |what: String| Err(Stop::Ended(ExitReason::VcpuError, what));
     match vcpu.run() {
-        Ok(VcpuExit::IoOut(..) | VcpuExit::IoIn(..)) => exit::serve_ports(vcpu, &shared.buses.ports),
-        Ok(VcpuExit::MmioWrite(address, data)) => shared.buses.mmio.write(address, data),
-        Ok(VcpuExit::MmioRead(address, data)) => shared.buses.mmio.read(address, data),
+        Ok(VcpuExit::IoOut(..)) => {
+            metrics.exit_io_out.count();
+            metrics.exit_io_out_agg.time(|| exit::serve_ports(vcpu, &shared.buses.ports));
+        }
+        Ok(VcpuExit::IoIn(..)) => {
+            metrics.exit_io_in.count();
+            metrics.exit_io_in_agg.time(|| exit::serve_ports(vcpu, &shared.buses.ports));
+        }
+        Ok(VcpuExit::MmioWrite(address, data)) => {
+            metrics.exit_mmio_write.count();
+            metrics.exit_mmio_write_agg.time(|| shared.buses.mmio.write(address, data));
+        }
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            metrics.exit_mmio_read.count();
+            metrics.exit_mmio_read_agg.time(|| shared.buses.mmio.read(address, data));
+        }
         Ok(VcpuExit::Intr) => return Err(Stop::Kicked),
         Ok(VcpuExit::Shutdown) => {
             return Err(Stop::Ended(ExitReason::TripleFault, "triple fault".to_owned()));

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use cofferdam_firmware::layout::{I8042_COMMAND_PORT, I8042_DATA_PORT, I8042_RESET_COMMAND};
+use cofferdam_metrics::{Counter, group};
 
 use super::{GuestRequests, bytes_at, bytes_at_mut};
 use crate::bus::BusDevice;
@@ -21,15 +22,37 @@ pub const I8042_PORTS: u64 = COMMAND + 1;
 const DATA: u64 = 0;
 const COMMAND: u64 = (I8042_COMMAND_PORT - I8042_DATA_PORT) as u64;
 
+group! {
+    /// Of the i8042.
+    pub struct I8042Metrics {
+        /// Reads of its two ports
+        pub read_count: Counter,
+        /// Writes of its two ports
+        pub write_count: Counter,
+        /// Resets that the guest asked for by it
+        pub reset_count: Counter,
+        /// Reads of the ports between its two
+        pub missed_read_count: Counter,
+        /// Writes of the ports between its two
+        pub missed_write_count: Counter,
+    }
+}
+
 /// The i8042 stub, to be put at [`I8042_DATA_PORT`].
 pub struct I8042 {
     requests: Arc<dyn GuestRequests>,
+    metrics: Arc<I8042Metrics>,
 }
 
 impl I8042 {
     /// A stub that passes resets to `requests`.
     pub fn new(requests: Arc<dyn GuestRequests>) -> Self {
-        Self { requests }
+        Self { requests, metrics: Arc::default() }
+    }
+
+    /// What is counted here.
+    pub fn metrics(&self) -> Arc<I8042Metrics> {
+        self.metrics.clone()
     }
 }
 
@@ -37,14 +60,24 @@ impl BusDevice for I8042 {
     fn read(&self, offset: u64, data: &mut [u8]) {
         for (offset, byte) in bytes_at_mut(offset, data) {
             if offset == DATA || offset == COMMAND {
+                self.metrics.read_count.count();
                 *byte = 0;
+            } else {
+                self.metrics.missed_read_count.count();
             }
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if bytes_at(offset, data).any(|write| write == (COMMAND, I8042_RESET_COMMAND)) {
-            self.requests.reset();
+        for write in bytes_at(offset, data) {
+            match write {
+                (DATA | COMMAND, _) => self.metrics.write_count.count(),
+                _ => self.metrics.missed_write_count.count(),
+            }
+            if write == (COMMAND, I8042_RESET_COMMAND) {
+                self.metrics.reset_count.count();
+                self.requests.reset();
+            }
         }
     }
 }
@@ -76,6 +109,21 @@ mod tests {
         let device = I8042::new(Arc::new(Requests::default()));
         let read = (0..I8042_PORTS).map(|offset| read_byte(&device, offset)).collect::<Vec<_>>();
         assert_eq!(read, [0, 0xFF, 0xFF, 0xFF, 0]);
+    }
+
+    #[test]
+    fn accesses_are_counted() {
+        let device = I8042::new(Arc::new(Requests::default()));
+        for offset in 0..I8042_PORTS {
+            read_byte(&device, offset);
+        }
+        device.write(DATA, &[1]);
+        device.write(1, &[0xFE, 0xFE]);
+        device.write(COMMAND, &[0xFE]);
+        let metrics = device.metrics();
+        assert_eq!((metrics.read_count.total(), metrics.missed_read_count.total()), (2, 3));
+        assert_eq!((metrics.write_count.total(), metrics.missed_write_count.total()), (2, 2));
+        assert_eq!(metrics.reset_count.total(), 1);
     }
 
     proptest! {

@@ -53,13 +53,15 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use cofferdam_firmware::layout::IO_APIC_PINS;
+use cofferdam_metrics::{Counter, group};
 use tracing::warn;
 
 use crate::bus::BusDevice;
 use crate::interrupt::InterruptLine;
+use crate::tally::Tally;
 
 const SELECT: u64 = 0x00;
 const WINDOW: u64 = 0x10;
@@ -95,6 +97,20 @@ pub trait MsiSink: Send + Sync {
     fn signal(&self, address: u64, data: u32) -> io::Result<()>;
 }
 
+group! {
+    /// Of the interrupts of all devices.
+    pub struct InterruptMetrics {
+        /// Interrupts that were delivered
+        pub triggers: Counter,
+        /// Writes of the guest to the redirection table
+        pub config_updates: Counter,
+        /// Interrupts that the host refused to deliver
+        pub trigger_fails: Counter,
+        /// Messages about these that were not logged, because there were too many
+        pub rate_limited_log_count: Counter,
+    }
+}
+
 /// An I/O APIC with [`IO_APIC_PINS`] pins.
 pub struct IoApic {
     sink: Arc<dyn MsiSink>,
@@ -102,7 +118,9 @@ pub struct IoApic {
     id: AtomicU32,
     /// The redirection entries. Bit 12 is the latch of an edge that met a masked pin.
     entries: [AtomicU64; IO_APIC_PINS as usize],
-    delivery_failed: AtomicBool,
+    metrics: Arc<InterruptMetrics>,
+    /// Lines about interrupts that the host refused to deliver.
+    failures: Tally,
 }
 
 impl IoApic {
@@ -113,8 +131,14 @@ impl IoApic {
             select: AtomicU32::new(0),
             id: AtomicU32::new(0),
             entries: std::array::from_fn(|_| AtomicU64::new(MASKED)),
-            delivery_failed: AtomicBool::new(false),
+            metrics: Arc::default(),
+            failures: Tally::default(),
         }
+    }
+
+    /// What is counted here.
+    pub fn metrics(&self) -> Arc<InterruptMetrics> {
+        self.metrics.clone()
     }
 
     /// The line that raises `pin`; none if there is no such pin.
@@ -149,11 +173,17 @@ impl IoApic {
 
     fn deliver(&self, entry: u64) -> io::Result<()> {
         let (address, data) = compose(entry);
-        self.sink.signal(address, data).inspect_err(|error| {
-            if !self.delivery_failed.swap(true, Ordering::Relaxed) {
-                warn!(%error, address, data, "cannot deliver an interrupt; later failures are not logged");
+        let delivered = self.sink.signal(address, data);
+        match &delivered {
+            Ok(()) => self.metrics.triggers.count(),
+            Err(error) => {
+                self.metrics.trigger_fails.count();
+                if let Some(line) = self.failures.count(&self.metrics.rate_limited_log_count) {
+                    warn!(dropped = line.dropped, %error, address, data, "cannot deliver an interrupt");
+                }
             }
-        })
+        }
+        delivered
     }
 
     /// The redirection entry that register `index` is a half of, and the shift of that half.
@@ -178,6 +208,7 @@ impl IoApic {
         if index == ID {
             self.id.store(value & ID_BITS, Ordering::Relaxed);
         } else if let Some((entry, shift)) = self.entry(index) {
+            self.metrics.config_updates.count();
             self.program(entry, u64::from(u32::MAX) << shift, u64::from(value) << shift);
         }
     }
@@ -235,6 +266,8 @@ impl InterruptLine for Pin {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use super::*;
     use proptest::prelude::*;
     use std::sync::Mutex;
@@ -370,6 +403,9 @@ mod tests {
         recorder.refuse.store(false, Ordering::Relaxed);
         line.trigger().unwrap();
         assert_eq!(recorder.messages.lock().unwrap().len(), 1);
+        let metrics = io_apic.metrics();
+        assert_eq!((metrics.triggers.total(), metrics.trigger_fails.total()), (1, 2));
+        assert_eq!(metrics.config_updates.total(), 2);
     }
 
     #[test]

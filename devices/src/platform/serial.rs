@@ -23,6 +23,7 @@ use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use cofferdam_metrics::{Counter, group};
 use vm_superio::Trigger;
 use vm_superio::serial::{Serial, SerialEvents};
 use vmm_sys_util::eventfd::EventFd;
@@ -49,12 +50,27 @@ const RECEIVED_DATA: u8 = 1 << 2;
 const DIVISOR_LATCH: u8 = 1 << 7;
 const DATA_READY: u8 = 1 << 0;
 
+group! {
+    /// Of the serial port.
+    pub struct UartMetrics {
+        /// Times that the guest read the receive register
+        pub read_count: Counter,
+        /// Bytes that the guest sent
+        pub write_count: Counter,
+        /// Times that the console's input or output failed, and was given up
+        pub error_count: Counter,
+        /// Bytes of the guest that were dropped, as the console's output had failed or the domain had ended
+        pub lost_bytes: Counter,
+    }
+}
+
 type Uart = Serial<Line, InputGate, Transmitter>;
 
 /// A serial port.
 pub struct SerialPort {
     uart: Mutex<Uart>,
     output: Option<Arc<OutputQueue>>,
+    metrics: Arc<UartMetrics>,
 }
 
 impl SerialPort {
@@ -65,9 +81,15 @@ impl SerialPort {
         output: Option<Arc<OutputQueue>>,
         wake: Arc<EventFd>,
     ) -> Self {
-        let gate = InputGate { shut: AtomicBool::new(false), wake };
+        let metrics = output.as_ref().map(|queue| queue.metrics().clone()).unwrap_or_default();
+        let gate = InputGate { shut: AtomicBool::new(false), wake, metrics: metrics.clone() };
         let uart = Serial::with_events(Line(line), gate, Transmitter(output.clone()));
-        Self { uart: Mutex::new(uart), output }
+        Self { uart: Mutex::new(uart), output, metrics }
+    }
+
+    /// What is counted here.
+    pub fn metrics(&self) -> Arc<UartMetrics> {
+        self.metrics.clone()
     }
 
     /// Receives the first of `bytes` and says how many. If not all, `wake` is written to when that may have changed.
@@ -157,6 +179,7 @@ impl Write for Transmitter {
 struct InputGate {
     shut: AtomicBool,
     wake: Arc<EventFd>,
+    metrics: Arc<UartMetrics>,
 }
 
 impl InputGate {
@@ -169,8 +192,12 @@ impl InputGate {
 }
 
 impl SerialEvents for InputGate {
-    fn buffer_read(&self) {}
-    fn out_byte(&self) {}
+    fn buffer_read(&self) {
+        self.metrics.read_count.count();
+    }
+    fn out_byte(&self) {
+        self.metrics.write_count.count();
+    }
     fn tx_lost_byte(&self) {}
     fn in_buffer_empty(&self) {
         self.open();
@@ -228,6 +255,9 @@ mod tests {
         port.write(MODEM_CONTROL, 0x10);
         port.write(DATA, 1);
         assert_eq!(port.queue.peek(&mut bytes), 256, "divisor and loopback are no output");
+        assert_eq!(port.port.metrics().write_count.total(), 256);
+        port.queue.discard();
+        assert_eq!(port.port.metrics().lost_bytes.total(), 256);
     }
 
     #[test]
@@ -253,6 +283,7 @@ mod tests {
             assert_eq!(port.read(LINE_STATUS) & DATA_READY, 1);
             assert_eq!(port.read(DATA), byte);
         }
+        assert_eq!(port.port.metrics().read_count.total(), 3);
         assert_eq!((port.cause(), port.read(LINE_STATUS) & DATA_READY), (NO_CAUSE, 0));
         assert_eq!(port.port.receive(b"d"), 1);
         assert_eq!((port.edges.take(), port.cause()), (1, RECEIVED_DATA));

@@ -10,7 +10,7 @@
 //! not, so that a vCPU never waits there for a device at work.
 //!
 //! A driver that writes what it may not write, or when it may not, is ignored, and
-//! the log says so once; one whose queues cannot work gets `DEVICE_NEEDS_RESET`
+//! the log says so; one whose queues cannot work gets `DEVICE_NEEDS_RESET`
 //! (`registers.rs` has the rules).
 
 use std::io;
@@ -22,9 +22,10 @@ use tracing::{error, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::registers::{QueueRegisters, Registers, TRANSPORT_FEATURES, set_high, set_low, status_step};
-use super::{DEVICE_EVENTS, Driver, Memory, VirtioDevice, VirtioInterrupt, status};
+use super::{DEVICE_EVENTS, Driver, Memory, TransportMetrics, VirtioDevice, VirtioInterrupt, status};
 use crate::bus::BusDevice;
 use crate::interrupt::InterruptLine;
+use crate::tally::Tally;
 
 /// Length of the register space, bytes.
 pub const MMIO_SIZE: u64 = 0x1000;
@@ -69,6 +70,8 @@ pub struct MmioTransport {
     memory: Memory,
     interrupt: Arc<VirtioInterrupt>,
     queue_events: Vec<EventFd>,
+    /// Lines about writes that broke the rules.
+    ignored: Tally,
     state: Mutex<State>,
 }
 
@@ -80,8 +83,6 @@ struct State {
     live: bool,
     /// The device was shut down for good.
     ended: bool,
-    /// A write that broke the rules was logged.
-    warned: bool,
 }
 
 impl MmioTransport {
@@ -103,13 +104,19 @@ impl MmioTransport {
             memory,
             interrupt: Arc::new(VirtioInterrupt::new(line)),
             queue_events,
-            state: Mutex::new(State { device, registers, live: false, ended: false, warned: false }),
+            ignored: Tally::default(),
+            state: Mutex::new(State { device, registers, live: false, ended: false }),
         })
     }
 
     /// The eventfd by which the driver notifies each queue, by index.
     pub fn queue_events(&self) -> &[EventFd] {
         &self.queue_events
+    }
+
+    /// What is counted here.
+    pub fn metrics(&self) -> Arc<TransportMetrics> {
+        self.interrupt.metrics.clone()
     }
 
     /// Ends the device: it no longer touches guest memory when this returns.
@@ -197,7 +204,7 @@ impl MmioTransport {
             _ => false,
         };
         if !accepted {
-            self.warn_once(state, offset, value);
+            self.ignore(offset, value);
         }
     }
 
@@ -211,14 +218,14 @@ impl MmioTransport {
             return;
         }
         let Some(added) = status_step(self.status(), value) else {
-            self.warn_once(state, STATUS, value);
+            self.ignore(STATUS, value);
             return;
         };
         let mut accepted = added & !status::DRIVER_OK;
         if added & status::FEATURES_OK != 0 && !state.registers.features_acceptable() {
             // The driver reads the bit back and finds it missing (virtio 1.2, 3.1.1).
             accepted &= !status::FEATURES_OK;
-            self.warn_once(state, STATUS, value);
+            self.ignore(STATUS, value);
         }
         self.interrupt.status.fetch_or(accepted, Ordering::SeqCst);
         if added & status::DRIVER_OK != 0 {
@@ -231,7 +238,10 @@ impl MmioTransport {
         self.interrupt.status.fetch_or(status::DRIVER_OK, Ordering::SeqCst);
         let queues = match state.registers.queues(&self.memory) {
             Ok(queues) => queues,
-            Err(error) => return self.interrupt.needs_reset(&error),
+            Err(error) => {
+                state.device.activation_failed();
+                return self.interrupt.needs_reset(&error);
+            }
         };
         let driver = Driver {
             memory: self.memory.clone(),
@@ -241,7 +251,10 @@ impl MmioTransport {
         };
         match state.device.activate(driver) {
             Ok(()) => state.live = true,
-            Err(error) => return self.interrupt.needs_reset(&error),
+            Err(error) => {
+                state.device.activation_failed();
+                return self.interrupt.needs_reset(&error);
+            }
         }
         // Buffers may have been made available before; the device looks on the event loop.
         for event in &self.queue_events {
@@ -262,12 +275,16 @@ impl MmioTransport {
         self.interrupt.status.store(0, Ordering::SeqCst);
     }
 
-    /// A guest decides how often this happens: one line per transport.
-    fn warn_once(&self, state: &mut State, offset: u64, value: u32) {
-        if !state.warned {
-            state.warned = true;
+    /// Notes a write that broke the rules.
+    fn ignore(&self, offset: u64, value: u32) {
+        let metrics = &self.interrupt.metrics;
+        metrics.ignored_writes_count.count();
+        if let Some(line) = self.ignored.count(&metrics.rate_limited_log_count) {
             let (device, status) = (self.device_type, self.status());
-            warn!("virtio device {device}, status {status:#x}: ignored {value:#x} at register {offset:#x}");
+            warn!(
+                dropped = line.dropped,
+                "virtio device {device}, status {status:#x}: ignored {value:#x} at register {offset:#x}"
+            );
         }
     }
 }

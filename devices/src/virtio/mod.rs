@@ -25,6 +25,7 @@ pub mod vsock;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use cofferdam_metrics::{Counter, group};
 use event_manager::{EventOps, Events};
 use thiserror::Error;
 use tracing::warn;
@@ -61,6 +62,22 @@ pub mod interrupt_status {
     pub const CONFIG: u32 = 2;
 }
 
+group! {
+    /// Of the transport of a virtio device.
+    pub struct TransportMetrics {
+        /// Times that a device needed reset
+        pub needs_reset_count: Counter,
+        /// Writes of the driver to registers that were ignored, as they broke the rules
+        pub ignored_writes_count: Counter,
+        /// Interrupts of the driver
+        pub interrupts_count: Counter,
+        /// Interrupts that could not be raised
+        pub interrupt_fails: Counter,
+        /// Messages about these that were not logged, because there were too many
+        pub rate_limited_log_count: Counter,
+    }
+}
+
 /// The interrupt of one device, and the registers that go with it, shared by
 /// transport and device so that neither waits for the other.
 pub struct VirtioInterrupt {
@@ -71,9 +88,10 @@ pub struct VirtioInterrupt {
     /// Configuration generation.
     pub(crate) generation: AtomicU32,
     line: Arc<dyn InterruptLine>,
-    /// How often the device needed a reset.
+    pub(crate) metrics: Arc<TransportMetrics>,
+    /// Lines about breakdowns.
     breakdowns: Tally,
-    /// How often the line could not be raised.
+    /// Lines about lost interrupts.
     lost: Tally,
 }
 
@@ -85,6 +103,7 @@ impl VirtioInterrupt {
             pending: AtomicU32::new(0),
             generation: AtomicU32::new(0),
             line,
+            metrics: Arc::default(),
             breakdowns: Tally::default(),
             lost: Tally::default(),
         }
@@ -104,10 +123,11 @@ impl VirtioInterrupt {
     /// Puts the device out of service until the driver resets it.
     pub fn needs_reset(&self, reason: &dyn std::fmt::Display) {
         let before = self.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
-        if before & status::NEEDS_RESET == 0
-            && let Some(times) = self.breakdowns.count()
-        {
-            warn!(times, "virtio device needs reset: {reason}");
+        if before & status::NEEDS_RESET == 0 {
+            self.metrics.needs_reset_count.count();
+            if let Some(line) = self.breakdowns.count(&self.metrics.rate_limited_log_count) {
+                warn!(dropped = line.dropped, "virtio device needs reset: {reason}");
+            }
         }
         // Raised only for a driver that is there to hear it (virtio 1.2, 2.1.2).
         if before & status::DRIVER_OK != 0 {
@@ -122,10 +142,12 @@ impl VirtioInterrupt {
 
     fn raise(&self, bits: u32) {
         self.pending.fetch_or(bits, Ordering::SeqCst);
-        if let Err(error) = self.line.trigger()
-            && let Some(times) = self.lost.count()
-        {
-            warn!(times, "virtio interrupt lost: {error}");
+        self.metrics.interrupts_count.count();
+        if let Err(error) = self.line.trigger() {
+            self.metrics.interrupt_fails.count();
+            if let Some(line) = self.lost.count(&self.metrics.rate_limited_log_count) {
+                warn!(dropped = line.dropped, "virtio interrupt lost: {error}");
+            }
         }
     }
 }
@@ -175,6 +197,8 @@ pub trait VirtioDevice: Send {
     }
     /// The driver set `DRIVER_OK`. On an error the device needs reset.
     fn activate(&mut self, driver: Driver) -> Result<(), ActivateError>;
+    /// The driver set `DRIVER_OK`, and the device could not be activated.
+    fn activation_failed(&mut self) {}
     /// The driver reset the device, or the domain ends. When it returns, the device no longer touches guest
     /// memory, and nothing of the driver is left.
     fn reset(&mut self);

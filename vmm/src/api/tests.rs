@@ -111,7 +111,12 @@ fn run_time() -> RunTime {
     let inbox = Inbox { id: "i".to_owned(), envelopes, ready, waiters: Waiters::default() };
     let clock = Arc::new(PhaseClock::new(None));
     let control = Arc::new(Control::new(clock.clone()).unwrap());
-    let shared = Shared { buses: Buses::default(), control: control.clone(), gate: Gate::default() };
+    let shared = Shared {
+        buses: Buses::default(),
+        control: control.clone(),
+        gate: Gate::default(),
+        metrics: Vec::new(),
+    };
     let vcpus = Vcpus::start(Vec::new(), Arc::new(shared)).unwrap();
     let button = Arc::new(PowerButton::new(Arc::new(Line)));
     let signals = StopSignals::new().unwrap();

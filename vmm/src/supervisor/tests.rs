@@ -44,8 +44,12 @@ impl Domain {
     /// Signals must be raised on the thread that calls this.
     fn with_client(stop_timeout: Duration, client: Option<File>) -> Self {
         let control = Arc::new(Control::new(Arc::new(PhaseClock::new(None))).unwrap());
-        let shared =
-            Arc::new(Shared { buses: Buses::default(), control: control.clone(), gate: Gate::default() });
+        let shared = Arc::new(Shared {
+            buses: Buses::default(),
+            control: control.clone(),
+            gate: Gate::default(),
+            metrics: Vec::new(),
+        });
         let vcpus = Vcpus::start(Vec::new(), shared.clone()).unwrap();
         let power_button = Arc::new(PowerButton::new(Arc::new(Line)));
         let signals = StopSignals::new().unwrap();

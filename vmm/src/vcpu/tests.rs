@@ -56,7 +56,7 @@ impl Guest {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let (vcpus, memory) = vm(code, count);
         let control = Arc::new(Control::new(Arc::new(PhaseClock::new(None))).unwrap());
-        let shared = Shared { buses, control: control.clone(), gate: Gate::default() };
+        let shared = Shared { buses, control: control.clone(), gate: Gate::default(), metrics: Vec::new() };
         let vcpus = Vcpus::start(vcpus, Arc::new(shared)).unwrap();
         Self { vcpus, control, memory, _alone: alone }
     }

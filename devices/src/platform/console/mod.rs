@@ -155,6 +155,7 @@ impl Console {
             Ok(Drained::SinkFull) if output.watch(ops) => {}
             Ok(_) => self.look_again(),
             Err(error) => {
+                self.port.metrics().error_count.count();
                 warn!(%error, "cannot write console output; it is dropped from here on");
                 output.sink = None;
                 queue.discard();

@@ -20,6 +20,7 @@ use cofferdam_firmware::layout::MAX_VCPUS;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::platform::lock;
+use crate::platform::serial::UartMetrics;
 
 /// Bytes that the queue holds before a vCPU has to wait.
 pub const CAPACITY: usize = 64 << 10;
@@ -28,7 +29,6 @@ struct State {
     bytes: VecDeque<u8>,
     attended: bool,
     closed: bool,
-    dropped: u64,
 }
 
 /// Bytes that the guest sent and the console has not written yet.
@@ -38,6 +38,7 @@ pub struct OutputQueue {
     full: AtomicBool,
     room: Condvar,
     wake: Arc<EventFd>,
+    metrics: Arc<UartMetrics>,
 }
 
 impl OutputQueue {
@@ -45,11 +46,17 @@ impl OutputQueue {
     pub fn new(wake: Arc<EventFd>) -> Self {
         let bytes = VecDeque::with_capacity(CAPACITY + usize::from(MAX_VCPUS));
         Self {
-            state: Mutex::new(State { bytes, attended: false, closed: false, dropped: 0 }),
+            state: Mutex::new(State { bytes, attended: false, closed: false }),
             full: AtomicBool::new(false),
             room: Condvar::new(),
             wake,
+            metrics: Arc::default(),
         }
+    }
+
+    /// What is counted of the serial port that this is the output of.
+    pub fn metrics(&self) -> &Arc<UartMetrics> {
+        &self.metrics
     }
 
     /// Waits until the queue is not full, or closed.
@@ -67,7 +74,7 @@ impl OutputQueue {
     pub fn push(&self, byte: u8) {
         let mut state = lock(&self.state);
         if state.closed {
-            state.dropped = state.dropped.saturating_add(1);
+            self.metrics.lost_bytes.count();
             return;
         }
         state.bytes.push_back(byte);
@@ -123,13 +130,13 @@ impl OutputQueue {
     pub fn discard(&self) {
         self.close();
         let mut state = lock(&self.state);
-        state.dropped = state.dropped.saturating_add(state.bytes.len() as u64);
+        self.metrics.lost_bytes.add(state.bytes.len() as u64);
         state.bytes.clear();
     }
 
     /// How many bytes were dropped.
     pub fn dropped(&self) -> u64 {
-        lock(&self.state).dropped
+        self.metrics.lost_bytes.total()
     }
 }
 

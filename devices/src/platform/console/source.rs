@@ -54,9 +54,9 @@ impl Source {
     pub fn serve(&mut self, port: &SerialPort, ops: &mut EventOps) {
         while self.hand_over(port) {
             if self.readiness == Readiness::Paused {
-                self.watch(ops);
+                self.watch(port, ops);
             }
-            if self.readiness != Readiness::Always || !self.read(ops) {
+            if self.readiness != Readiness::Always || !self.read(port, ops) {
                 return;
             }
         }
@@ -65,7 +65,7 @@ impl Source {
 
     /// The descriptor is readable: reads it once.
     pub fn readable(&mut self, port: &SerialPort, ops: &mut EventOps) {
-        if self.start == self.end && self.read(ops) {
+        if self.start == self.end && self.read(port, ops) {
             self.serve(port, ops);
         }
     }
@@ -80,7 +80,7 @@ impl Source {
     }
 
     /// True if bytes were read.
-    fn read(&mut self, ops: &mut EventOps) -> bool {
+    fn read(&mut self, port: &SerialPort, ops: &mut EventOps) -> bool {
         let Some(file) = &mut self.file else { return false };
         match file.read(&mut self.bytes) {
             Ok(0) => self.finish(ops),
@@ -90,6 +90,7 @@ impl Source {
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(error) => {
+                port.metrics().error_count.count();
                 warn!(%error, "console input ends");
                 self.finish(ops);
             }
@@ -101,12 +102,13 @@ impl Source {
         self.file.as_ref().map(|file| Events::with_data(file, self.token, EventSet::IN))
     }
 
-    fn watch(&mut self, ops: &mut EventOps) {
+    fn watch(&mut self, port: &SerialPort, ops: &mut EventOps) {
         let Some(events) = self.events() else { return };
         match ops.add(events) {
             Ok(()) => self.readiness = Readiness::Watched,
             Err(Error::Epoll(errno)) if errno.errno() == libc::EPERM => self.readiness = Readiness::Always,
             Err(error) => {
+                port.metrics().error_count.count();
                 warn!(%error, "console input cannot be watched, and ends");
                 self.file = None;
             }

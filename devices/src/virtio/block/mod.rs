@@ -27,6 +27,7 @@
 mod buffers;
 mod config;
 mod file;
+mod metrics;
 mod operation;
 mod request;
 mod sync;
@@ -51,6 +52,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::Bytes;
 
 pub use self::file::{BlockFile, BlockFileError, BlockOptions, BlockSource, Cache, Engine};
+pub use self::metrics::BlockMetrics;
 
 use self::config::QUEUE_SIZE;
 use self::operation::{Operation, Ticket, Work};
@@ -60,6 +62,7 @@ use self::uring::{Finished, Uring};
 use super::chain::{Chain, ChainError};
 use super::{ActivateError, DEVICE_EVENTS, Driver, Memory, VirtioDevice, VirtioInterrupt, used};
 use crate::rate_limiter::{RateLimitError, RateLimiter};
+use crate::tally::Tally;
 
 /// Operations of the ring have completed.
 const COMPLETION_EVENT: u32 = DEVICE_EVENTS;
@@ -130,8 +133,13 @@ pub struct Block {
     driver: Option<Live>,
     /// Operations not in use.
     spare: Vec<Operation>,
-    /// Operations that failed on the host's side since the start.
-    failures: u64,
+    metrics: Arc<BlockMetrics>,
+    /// Lines about operations that failed on the host's side.
+    failures: Tally,
+    /// Lines about the timer.
+    timer_failures: Tally,
+    /// Lines about resets that waited for the host.
+    slow_resets: Tally,
 }
 
 /// What the driver gave to the device.
@@ -196,13 +204,21 @@ impl Block {
             deaf: false,
             driver: None,
             spare: Vec::new(),
-            failures: 0,
+            metrics: Arc::default(),
+            failures: Tally::default(),
+            timer_failures: Tally::default(),
+            slow_resets: Tally::default(),
         })
     }
 
     /// Whether I/O goes through io_uring.
     pub fn uses_uring(&self) -> bool {
         self.uring.is_some()
+    }
+
+    /// What is counted of this drive.
+    pub fn metrics(&self) -> Arc<BlockMetrics> {
+        self.metrics.clone()
     }
 
     /// Does what can be done now.
@@ -212,6 +228,7 @@ impl Block {
             let mut turn = Turn { chains: TURN_CHAINS, bytes: TURN_BYTES, next: None };
             let result = self.take_chains(&mut live, &mut turn);
             if let Err(fault) = result.and_then(|()| live.tell()) {
+                self.metrics.event_fails.count();
                 live.interrupt.needs_reset(&fault);
             }
             if turn.next.is_some() {
@@ -246,6 +263,7 @@ impl Block {
     /// Whether no more chains may be taken. Then another turn is sure to come.
     fn must_wait(&mut self, turn: &mut Turn) -> bool {
         if self.uring.as_ref().is_some_and(Uring::is_full) {
+            self.metrics.io_engine_throttled_events.count();
             return true; // until a completion
         }
         let wait = if turn.chains == 0 || turn.bytes == 0 {
@@ -253,7 +271,11 @@ impl Block {
         } else if self.limiter.is_unlimited() {
             None
         } else {
-            self.limiter.wait(Instant::now())
+            let wait = self.limiter.wait(Instant::now());
+            if wait.is_some() {
+                self.metrics.rate_limiter_throttled_events.count();
+            }
+            wait
         };
         turn.next = turn.next.max(wait);
         wait.is_some()
@@ -263,7 +285,8 @@ impl Block {
     fn start(&mut self, live: &mut Live, turn: &mut Turn) -> Result<(), Fault> {
         let head = live.chain.head;
         let status = live.chain.split_last_writable().ok_or(Fault::NoStatus(head))?;
-        let ticket = Ticket { head, status, writable: live.chain.writable_len() };
+        let writable = live.chain.writable_len();
+        let ticket = Ticket { head, status, writable, start: Some(Instant::now()) };
         let request = Request::read(&live.chain, &live.memory, &self.limits)?;
         let data = match request {
             Ok(Request::Read { length, .. } | Request::Write { length, .. }) => length,
@@ -271,7 +294,10 @@ impl Block {
         };
         self.limiter.take(1, data);
         let (work, offset, length) = match request {
-            Err(refusal) => return live.answer(&ticket, refusal.status(), 0),
+            Err(refusal) => {
+                self.metrics.invalid_reqs_count.count();
+                return live.answer(&ticket, refusal.status(), 0);
+            }
             Ok(Request::GetId) => return self.give_id(live, &ticket),
             Ok(Request::Read { offset, length }) => (Work::Read, offset, length),
             Ok(Request::Write { offset, length }) => (Work::Write, offset, length),
@@ -282,6 +308,7 @@ impl Block {
             }
         };
         if length == 0 && work != Work::Flush {
+            self.metrics.succeeded(work, 0, ticket.time());
             return live.answer(&ticket, VIRTIO_BLK_S_OK as u8, 0);
         }
         let mut operation = self.spare.pop().unwrap_or_default();
@@ -335,27 +362,29 @@ impl Block {
         if matches!(operation.work(), Work::Zero { .. }) {
             self.limiter.take(0, moved);
         }
+        let ticket = operation.ticket;
         let status = match result {
-            Ok(()) => VIRTIO_BLK_S_OK,
+            Ok(()) => {
+                self.metrics.succeeded(operation.work(), moved, ticket.time());
+                VIRTIO_BLK_S_OK
+            }
             Err(error) => {
                 self.note_failure(error);
                 VIRTIO_BLK_S_IOERR
             }
         };
         let written = if operation.work() == Work::Read { moved } else { 0 };
-        let ticket = operation.ticket;
         operation.buffers.clear();
         self.spare.push(operation);
         live.answer(&ticket, status as u8, written)
     }
 
-    /// Logs the first failure; the others are counted, and the count is logged at the end.
-    fn note_failure(&mut self, error: Errno) {
-        if self.failures == 0 {
+    fn note_failure(&self, error: Errno) {
+        self.metrics.execute_fails.count();
+        if let Some(line) = self.failures.count(&self.metrics.rate_limited_log_count) {
             let (id, path) = (&self.file.id, self.file.path.display());
-            warn!("drive {id}: {path}: {error}; more errors are only counted");
+            warn!(dropped = line.dropped, "drive {id}: {path}: {error}");
         }
-        self.failures = self.failures.saturating_add(1);
     }
 
     /// Answers what the ring has completed.
@@ -386,8 +415,10 @@ impl Block {
     }
 
     fn set_timer(&self, wait: Option<Duration>) {
-        if let Err(error) = self.timer.set(wait) {
-            warn!("drive {}: timer: {error}", self.file.id);
+        if let Err(error) = self.timer.set(wait)
+            && let Some(line) = self.timer_failures.count(&self.metrics.rate_limited_log_count)
+        {
+            warn!(dropped = line.dropped, "drive {}: timer: {error}", self.file.id);
         }
     }
 }
@@ -456,15 +487,29 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
+    fn activation_failed(&mut self) {
+        self.metrics.activate_fails.count();
+    }
+
     fn reset(&mut self) {
         if let Some(uring) = &mut self.uring {
-            uring.drain();
+            let (tally, dropped) = (&self.slow_resets, &self.metrics.rate_limited_log_count);
+            let (id, path) = (&self.file.id, self.file.path.display());
+            uring.drain(|count| {
+                if let Some(line) = tally.count(dropped) {
+                    warn!(
+                        dropped = line.dropped,
+                        "drive {id}: {path}: {count} requests are under way; waiting for the host's storage"
+                    );
+                }
+            });
         }
         self.set_timer(None);
         self.driver = None;
     }
 
     fn notify(&mut self, _queue: u16) {
+        self.metrics.queue_event_count.count();
         self.turn();
     }
 
@@ -500,8 +545,5 @@ impl Block {
 impl Drop for Block {
     fn drop(&mut self) {
         self.reset();
-        if self.failures > 1 {
-            warn!("drive {}: {} requests failed on the host's side", self.file.id, self.failures);
-        }
     }
 }

@@ -6,6 +6,8 @@
 //! and ways of zeroing that a file system does not have are dealt with here, once
 //! for all engines.
 
+use std::time::{Duration, Instant};
+
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use vm_memory::GuestAddress;
@@ -25,6 +27,15 @@ pub(super) struct Ticket {
     pub status: GuestAddress,
     /// Writable bytes before the status.
     pub writable: u64,
+    /// When the request was taken.
+    pub start: Option<Instant>,
+}
+
+impl Ticket {
+    /// How long ago the request was taken.
+    pub(super) fn time(&self) -> Duration {
+        self.start.map(|start| start.elapsed()).unwrap_or_default()
+    }
 }
 
 /// What is to be done with the file.

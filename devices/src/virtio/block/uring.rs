@@ -164,9 +164,10 @@ impl Uring {
         }
     }
 
-    /// Waits until the kernel has let go of all operations, and forgets them.
-    pub(super) fn drain(&mut self) {
-        let mut warned = false;
+    /// Waits until the kernel has let go of all operations, and forgets them. If that takes long, `slow` is told
+    /// once of their number.
+    pub(super) fn drain(&mut self, slow: impl FnOnce(usize)) {
+        let mut slow = Some(slow);
         while !self.dead {
             while let Some(completion) = self.next_completion() {
                 if let Ok(slot) = usize::try_from(completion.user_data()) {
@@ -181,12 +182,8 @@ impl Uring {
             match result.map_err(|error| errno(&error)) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(Errno::TIME) => {
-                    if !std::mem::replace(&mut warned, true) {
-                        let path = self.file.path.display();
-                        warn!(
-                            "{path}: {} requests are under way; waiting for the host's storage",
-                            self.in_flight()
-                        );
+                    if let Some(slow) = slow.take() {
+                        slow(self.in_flight());
                     }
                 }
                 Err(error) => {
@@ -205,7 +202,7 @@ impl Uring {
 
 impl Drop for Uring {
     fn drop(&mut self) {
-        self.drain();
+        self.drain(|_| {});
     }
 }
 
@@ -316,7 +313,7 @@ mod tests {
         uring.start(write(0, 1 << 20));
         uring.submit().unwrap();
         uring.start(write(1, 512));
-        uring.drain();
+        uring.drain(|_| {});
         assert_eq!((uring.in_flight(), uring.has_unsubmitted()), (0, false));
         assert!(uring.finished().is_none());
         uring.start(write(2, 512));

@@ -15,6 +15,7 @@ const READY: u32 = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK;
 struct Seen {
     driver: Option<Driver>,
     activations: usize,
+    failed_activations: usize,
     resets: usize,
     notified: Vec<u16>,
     /// Notified while it had no queues.
@@ -52,6 +53,9 @@ impl VirtioDevice for Fake {
                 *place = *byte;
             }
         }
+    }
+    fn activation_failed(&mut self) {
+        self.seen.lock().unwrap().failed_activations += 1;
     }
     fn activate(&mut self, driver: Driver) -> Result<(), ActivateError> {
         let mut seen = self.seen.lock().unwrap();
@@ -273,6 +277,7 @@ fn notifications_reach_a_live_device_only() {
     assert_eq!(rig.seen().notified, [1], "after a reset");
     rig.start();
     rig.transport.interrupt.needs_reset(&"test");
+    assert_eq!(rig.transport.metrics().needs_reset_count.total(), 1);
     rig.set(QUEUE_NOTIFY, 0);
     rig.run();
     assert_eq!(rig.seen().notified, [1], "of a broken device");
@@ -301,6 +306,9 @@ fn status_steps_out_of_order_are_ignored() {
         rig.set(STATUS, value);
         assert_eq!(rig.get(STATUS), 0, "{value:#x}");
     }
+    let metrics = rig.transport.metrics();
+    assert_eq!(metrics.ignored_writes_count.total(), 7);
+    assert!(metrics.rate_limited_log_count.total() > 0, "lines are not limited");
     rig.negotiate(TRANSPORT_FEATURES);
     for value in [
         status::ACKNOWLEDGE,
@@ -435,6 +443,7 @@ fn a_device_that_refuses_to_start_needs_a_reset() {
     rig.set(QUEUE_NOTIFY, 0);
     rig.run();
     assert_eq!(rig.seen().activations, 1);
+    assert_eq!(rig.seen().failed_activations, 1);
     assert!(rig.seen().notified.is_empty());
 }
 

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events};
 use thiserror::Error;
@@ -15,6 +16,7 @@ use tracing::{error, warn};
 use virtio_queue::{Queue, QueueT};
 
 use super::host::UnixHost;
+use super::metrics::VsockMetrics;
 use super::muxer::{Limits, Muxer};
 use super::packet::{HEADER_LEN, HOST_CID, Header};
 use super::payload::GuestBytes;
@@ -47,10 +49,11 @@ pub enum VsockError {
 
 /// What a driver did that no packet can be.
 #[derive(Debug, Error)]
-#[error("vsock {queue} queue: {problem}")]
-struct QueueError {
-    queue: &'static str,
-    problem: Problem,
+enum QueueError {
+    #[error("vsock receive queue: {0}")]
+    Receive(Problem),
+    #[error("vsock transmit queue: {0}")]
+    Transmit(Problem),
 }
 
 #[derive(Debug, Error)]
@@ -67,6 +70,7 @@ enum Problem {
 pub struct Vsock {
     guest_cid: u64,
     pub(super) muxer: Muxer<UnixHost>,
+    metrics: Arc<VsockMetrics>,
     active: Option<Active>,
 }
 
@@ -74,7 +78,7 @@ pub struct Vsock {
 struct Active {
     memory: Memory,
     queues: Vec<Queue>,
-    interrupt: std::sync::Arc<VirtioInterrupt>,
+    interrupt: Arc<VirtioInterrupt>,
     transmitted: Chain,
     /// The next buffer to fill.
     buffer: Chain,
@@ -91,7 +95,13 @@ impl Vsock {
         }
         let guest_cid = u64::from(guest_cid);
         let muxer = Muxer::new(guest_cid, UnixHost::new(listener, prefix)?, Limits::default())?;
-        Ok(Self { guest_cid, muxer, active: None })
+        let metrics = muxer.metrics();
+        Ok(Self { guest_cid, muxer, metrics, active: None })
+    }
+
+    /// What is counted of this device.
+    pub fn metrics(&self) -> Arc<VsockMetrics> {
+        self.metrics.clone()
     }
 
     /// Connections, handshakes, refusals and turns, and the sum of all windows in bytes: what the guest must not
@@ -109,6 +119,10 @@ impl Vsock {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(error) => {
+                    match error {
+                        QueueError::Receive(_) => self.metrics.rx_queue_event_fails.count(),
+                        QueueError::Transmit(_) => self.metrics.tx_queue_event_fails.count(),
+                    }
                     active.interrupt.needs_reset(&error);
                     return self.stop();
                 }
@@ -133,9 +147,8 @@ impl Vsock {
 impl Active {
     /// Moves up to `BATCH` packets in each direction and tells the driver. `Ok(false)`: there is nothing more to move.
     fn batch(&mut self, muxer: &mut Muxer<UnixHost>) -> Result<bool, QueueError> {
-        let transmitted =
-            self.transmit(muxer).map_err(|problem| QueueError { queue: "transmit", problem })?;
-        let received = self.receive(muxer).map_err(|problem| QueueError { queue: "receive", problem })?;
+        let transmitted = self.transmit(muxer).map_err(QueueError::Transmit)?;
+        let received = self.receive(muxer).map_err(QueueError::Receive)?;
         // `transmit` may have waited for what `receive` has sent.
         Ok(transmitted != 0 || received != 0)
     }
@@ -240,11 +253,20 @@ impl VirtioDevice for Vsock {
         Ok(())
     }
 
+    fn activation_failed(&mut self) {
+        self.metrics.activate_fails.count();
+    }
+
     fn reset(&mut self) {
         self.stop();
     }
 
-    fn notify(&mut self, _queue: u16) {
+    fn notify(&mut self, queue: u16) {
+        match usize::from(queue) {
+            RX => self.metrics.rx_queue_event_count.count(),
+            TX => self.metrics.tx_queue_event_count.count(),
+            _ => {}
+        }
         self.run();
     }
 
@@ -258,6 +280,7 @@ impl VirtioDevice for Vsock {
 
     fn event(&mut self, event: Events, ops: &mut EventOps) {
         if let Err(error) = self.host_ready() {
+            self.metrics.muxer_event_fails.count();
             // It would fail again at once, for ever.
             warn!("vsock: the host's sockets cannot be watched any more: {error}");
             let _ = ops.remove(event);

@@ -22,7 +22,7 @@
 //! - [`connection`]: the state machine of one connection, with credit flow and half-close; [`buffer`]: what the
 //!   host's socket did not take yet.
 //! - [`handshake`]: the `CONNECT` line. [`host`]: Unix sockets. [`poller`]: the private epoll descriptor.
-//! - [`muxer`]: all connections, whose turn it is, and what bounds them.
+//! - [`muxer`]: all connections, whose turn it is, and what bounds them. [`metrics`]: what is counted.
 //! - [`device`]: the queues.
 
 mod buffer;
@@ -30,6 +30,7 @@ mod connection;
 mod device;
 mod handshake;
 mod host;
+mod metrics;
 mod muxer;
 mod packet;
 mod payload;
@@ -37,6 +38,7 @@ mod poller;
 
 pub use device::{Vsock, VsockError};
 pub use host::{BindError, SocketFile, bind};
+pub use metrics::VsockMetrics;
 
 #[cfg(test)]
 mod tests;

@@ -16,17 +16,21 @@
 //!   of the guest ([`Muxer::has_room`]).
 
 use std::collections::{HashMap, VecDeque};
+use std::fmt::Display;
 use std::io::{self, ErrorKind};
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
-use tracing::{debug, warn};
+use tracing::{Level, debug, enabled, warn};
 
 use super::connection::{Connection, Readiness};
 use super::handshake::{Handshake, Progress};
 use super::host::Host;
+use super::metrics::VsockMetrics;
 use super::packet::{HOST_CID, Header, MAX_PAYLOAD, Op, PORT_ANY, Ports, TYPE_STREAM};
 use super::payload::GuestBytes;
 use super::poller::{Poller, Source};
+use crate::tally::Tally;
 
 /// First port of the host's side of connections that the host asks for.
 const FIRST_PORT: u32 = 1 << 30;
@@ -77,10 +81,13 @@ pub struct Muxer<H: Host> {
     listening: bool,
     /// The last `accept` failed: the next one waits for a tick.
     backing_off: bool,
-    /// How often connections of the host had to wait because the host failed.
-    waits: u64,
-    /// Connections of the guest that failed on the host's side, and not because no program is there.
-    failures: u64,
+    metrics: Arc<VsockMetrics>,
+    /// Lines about connections that come and go.
+    remarks: Tally,
+    /// Lines about connections of the host that have to wait because the host failed.
+    waits: Tally,
+    /// Lines about connections of the guest that failed on the host's side, and not because no program is there.
+    failures: Tally,
     ready: Vec<(Source, Readiness)>,
 }
 
@@ -112,10 +119,26 @@ impl<H: Host> Muxer<H> {
             open: false,
             listening: false,
             backing_off: false,
-            waits: 0,
-            failures: 0,
+            metrics: Arc::default(),
+            remarks: Tally::default(),
+            waits: Tally::default(),
+            failures: Tally::default(),
             ready: Vec::new(),
         })
+    }
+
+    /// What is counted of the device.
+    pub fn metrics(&self) -> Arc<VsockMetrics> {
+        self.metrics.clone()
+    }
+
+    /// Logs what guest and host can make happen at will.
+    fn remark(&self, what: impl Display) {
+        if enabled!(Level::DEBUG)
+            && let Some(line) = self.remarks.count(&self.metrics.rate_limited_log_count)
+        {
+            debug!(dropped = line.dropped, "vsock: {what}");
+        }
     }
 
     /// The descriptor that is readable while [`Self::poll`] has something to do.
@@ -137,6 +160,7 @@ impl<H: Host> Muxer<H> {
     /// The driver is gone, and with it all connections.
     pub fn close(&mut self) {
         self.open = false;
+        self.metrics.conns_removed.add(self.connections.len() as u64);
         self.connections = HashMap::new();
         self.handshakes = HashMap::new();
         self.pending = VecDeque::new();
@@ -157,6 +181,7 @@ impl<H: Host> Muxer<H> {
     /// operation or type costs the guest the connection; one from or to an address that is not
     /// on this link is dropped.
     pub fn packet(&mut self, header: &Header, payload: GuestBytes<'_>) {
+        self.metrics.tx_packets_count.count();
         if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
             return;
         }
@@ -175,6 +200,9 @@ impl<H: Host> Muxer<H> {
             true
         });
         match op {
+            Some(Op::ReadWrite) if known == Some(true) && has_payload => {
+                self.metrics.tx_bytes_count.add(header.len.into());
+            }
             _ if known == Some(true) => {}
             Some(Op::Request) if has_payload => self.guest_connects(header),
             _ => self.refuse(header),
@@ -188,6 +216,13 @@ impl<H: Host> Muxer<H> {
 
     /// Makes the next packet for the guest: its payload in `into`, which is not empty, its header as the result.
     pub fn fill(&mut self, into: &GuestBytes<'_>) -> Option<Header> {
+        let header = self.next_packet(into)?;
+        self.metrics.rx_packets_count.count();
+        self.metrics.rx_bytes_count.add(header.len.into());
+        Some(header)
+    }
+
+    fn next_packet(&mut self, into: &GuestBytes<'_>) -> Option<Header> {
         if let Some(refusal) = self.refusals.pop_front() {
             return Some(refusal);
         }
@@ -206,6 +241,7 @@ impl<H: Host> Muxer<H> {
     fn refuse(&mut self, header: &Header) {
         if Op::from_field(header.op) != Some(Op::Reset) && self.has_room() {
             let refusal = Header::to_guest(self.guest_cid, header.ports(), Op::Reset);
+            self.metrics.refused_packets_count.count();
             self.refusals.push_back(Header { kind: header.kind, ..refusal });
         }
     }
@@ -241,6 +277,7 @@ impl<H: Host> Muxer<H> {
     }
 
     fn insert(&mut self, ports: Ports, connection: Connection<H::Stream>, watches_room: bool) {
+        self.metrics.conns_added.count();
         self.reserved = self.reserved.saturating_add(u64::from(connection.window()));
         self.connections.insert(ports, Entry { connection, queued: false, watches_room });
         self.with(ports, |_| ());
@@ -248,7 +285,11 @@ impl<H: Host> Muxer<H> {
 
     fn remove(&mut self, ports: Ports) {
         let Some(entry) = self.connections.remove(&ports) else { return };
-        debug!("vsock: connection of port {} with guest port {} has ended", ports.host, ports.guest);
+        self.metrics.conns_removed.count();
+        self.remark(format_args!(
+            "connection of port {} with guest port {} has ended",
+            ports.host, ports.guest
+        ));
         self.reserved = self.reserved.saturating_sub(u64::from(entry.connection.window()));
         if entry.queued {
             self.pending.retain(|other| *other != ports);
@@ -279,30 +320,30 @@ impl<H: Host> Muxer<H> {
         });
         match connected {
             Ok(stream) => {
-                debug!("vsock: guest port {} has connected to port {}", ports.guest, ports.host);
+                self.remark(format_args!("guest port {} has connected to port {}", ports.guest, ports.host));
                 let connection = Connection::from_guest(stream, self.window(), header);
                 self.insert(ports, connection, false);
                 self.update_listener();
             }
             Err(error) => {
-                debug!("vsock: guest cannot connect to port {}: {error}", ports.host);
+                self.remark(format_args!("guest cannot connect to port {}: {error}", ports.host));
                 self.note_failure(&error);
                 self.refuse(header);
             }
         }
     }
 
-    /// Logs the first failure of the host; the others are counted, and the count is logged at the end. That no program
-    /// listens, or that its backlog is full, is none.
-    fn note_failure(&mut self, error: &io::Error) {
+    /// Notes a connection of the guest that the host refused. That no program listens, or that its backlog is full, is
+    /// no failure.
+    fn note_failure(&self, error: &io::Error) {
+        self.metrics.connect_fails.count();
         if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::WouldBlock)
         {
             return;
         }
-        if self.failures == 0 {
-            warn!("vsock: connections of the guest are refused: {error}; more of them are only counted");
+        if let Some(line) = self.failures.count(&self.metrics.rate_limited_log_count) {
+            warn!(dropped = line.dropped, "vsock: a connection of the guest is refused: {error}");
         }
-        self.failures = self.failures.saturating_add(1);
     }
 
     /// A program has named the port that it wants.
@@ -311,10 +352,10 @@ impl<H: Host> Muxer<H> {
         let ports = Ports { host, guest };
         // What the program has sent after its line is told again, now as the connection's.
         if let Err(error) = self.poller.modify(&stream, Source::Connection(ports), false) {
-            debug!("vsock: no connection to guest port {guest}: {error}");
+            self.remark(format_args!("no connection to guest port {guest}: {error}"));
             return;
         }
-        debug!("vsock: port {host} asks for guest port {guest}");
+        self.remark(format_args!("port {host} asks for guest port {guest}"));
         self.insert(ports, Connection::from_host(stream, self.window(), ports), false);
     }
 
@@ -372,7 +413,7 @@ impl<H: Host> Muxer<H> {
         let handshake = self.handshakes.remove(&number);
         match (progress, handshake) {
             (Progress::Port(guest), Some(handshake)) => self.host_connects(handshake.stream, guest),
-            _ => debug!("vsock: a program did not say CONNECT and a port"),
+            _ => self.remark("a program did not say CONNECT and a port"),
         }
         self.update_listener();
     }
@@ -387,12 +428,10 @@ impl<H: Host> Muxer<H> {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(error) => {
-                    if self.waits == 0 {
-                        warn!(
-                            "vsock: connections of the host have to wait: {error}; further waits are only counted"
-                        );
+                    self.metrics.accept_fails.count();
+                    if let Some(line) = self.waits.count(&self.metrics.rate_limited_log_count) {
+                        warn!(dropped = line.dropped, "vsock: connections of the host have to wait: {error}");
                     }
-                    self.waits = self.waits.saturating_add(1);
                     self.backing_off = true;
                     self.poller.tick(true);
                 }
@@ -440,17 +479,6 @@ impl<H: Host> Muxer<H> {
         let listen = self.wants_to_listen();
         if listen != self.listening && self.poller.watch_listener(self.host.listener(), listen).is_ok() {
             self.listening = listen;
-        }
-    }
-}
-
-impl<H: Host> Drop for Muxer<H> {
-    fn drop(&mut self) {
-        if self.waits > 1 {
-            warn!("vsock: connections of the host had to wait {} times", self.waits);
-        }
-        if self.failures > 1 {
-            warn!("vsock: {} connections of the guest were refused on the host's side", self.failures);
         }
     }
 }

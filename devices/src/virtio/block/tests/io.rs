@@ -3,6 +3,7 @@
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 
+use cofferdam_metrics::Counter;
 use rustix::fs::{MemfdFlags, SealFlags};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
@@ -208,7 +209,7 @@ fn a_file_system_without_zero_range_is_found_out() {
         let mut guest = Guest::new(options(&file, engine));
         assert_eq!(guest.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(1, 8, 0), 0).status, OK);
         assert_eq!(content(&file, 0, 8192), [vec![7; 512], vec![0; 4096], vec![7; 3584]].concat());
-        assert_eq!(guest.device.failures, 0);
+        assert_eq!(guest.device.metrics.execute_fails.total(), 0);
     }
 }
 
@@ -222,7 +223,7 @@ fn a_file_cut_off_underneath_is_an_error_not_garbage() {
         let answer = guest.request(VIRTIO_BLK_T_IN, 8, &[], 4096);
         assert_eq!((answer.status, answer.used), (IOERR, 5000 - 4096));
         assert_eq!(failed(&guest.request(VIRTIO_BLK_T_IN, 16, &[], 4096)), (IOERR, 0));
-        assert_eq!(guest.device.failures, 2);
+        assert_eq!(guest.device.metrics.execute_fails.total(), 2);
         assert!(!guest.interrupt.is_broken());
     }
 }
@@ -240,7 +241,7 @@ fn a_write_that_the_host_refuses_is_an_error() {
         assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 0, &[1; 512], 0).status, OK);
         assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 16, &[1; 512], 0).status, IOERR);
         assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 16, &[1; 512], 0).status, IOERR);
-        assert_eq!((guest.device.failures, content(&file, 0, 1)), (2, vec![1]));
+        assert_eq!((guest.device.metrics.execute_fails.total(), content(&file, 0, 1)), (2, vec![1]));
     }
 }
 
@@ -255,5 +256,39 @@ fn a_driver_that_cannot_flush_gets_durable_writes() {
         assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 0, &[1; 512], 0).status, OK);
         assert_eq!(guest.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(8, 8, 0), 0).status, OK);
         assert_eq!((content(&file, 0, 512), content(&file, 4096, 4096)), (vec![1; 512], vec![0; 4096]));
+    }
+}
+
+#[test]
+fn what_is_done_and_refused_is_counted() {
+    for engine in ENGINES {
+        let file = image(1 << 20);
+        let mut guest = Guest::new(options(&file, engine));
+        let metrics = guest.device.metrics();
+        let notified = metrics.queue_event_count.total();
+        assert_eq!(guest.request(VIRTIO_BLK_T_IN, 0, &[], 4096).status, OK);
+        assert_eq!(guest.request(VIRTIO_BLK_T_IN, 8, &[], 512).status, OK);
+        assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 0, &[1; 1024], 0).status, OK);
+        assert_eq!(guest.request(VIRTIO_BLK_T_FLUSH, 0, &[], 0).status, OK);
+        assert_eq!(guest.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(1, 8, 0), 0).status, OK);
+        assert_eq!(guest.request(VIRTIO_BLK_T_DISCARD, 0, &range(1, 8, 0), 0).status, OK);
+        assert_eq!(guest.request(VIRTIO_BLK_T_OUT, 0, &[], 0).status, OK);
+        assert_eq!(guest.request(VIRTIO_BLK_T_IN, 2048, &[], 512).status, IOERR);
+        assert_eq!(guest.request(77, 0, &[], 512).status, UNSUPP);
+        let total = |counter: &Counter| counter.total();
+        assert_eq!((total(&metrics.read_count), total(&metrics.read_bytes)), (2, 4608));
+        assert_eq!((total(&metrics.write_count), total(&metrics.write_bytes)), (2, 1024));
+        assert_eq!((total(&metrics.flush_count), total(&metrics.invalid_reqs_count)), (1, 2));
+        assert_eq!((total(&metrics.discard_count), total(&metrics.write_zeroes_count)), (1, 1));
+        assert_eq!(total(&metrics.queue_event_count) - notified, 9);
+        for (times, count) in [(&metrics.read_agg, 2), (&metrics.write_agg, 2), (&metrics.flush_agg, 1)] {
+            assert_eq!(times.distribution().counts.iter().sum::<u64>(), count);
+            assert!(times.distribution().sum > 0);
+        }
+        assert_eq!((total(&metrics.execute_fails), total(&metrics.event_fails)), (0, 0));
+        guest.offer(&[(HEADERS, 16, false)]);
+        guest.device.notify(0);
+        assert!(guest.interrupt.is_broken());
+        assert_eq!(total(&metrics.event_fails), 1);
     }
 }

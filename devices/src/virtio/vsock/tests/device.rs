@@ -8,6 +8,8 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
+use cofferdam_metrics::Counter;
+
 use super::driver::{Driver, GUEST_CID, Socket, op};
 use crate::virtio::VirtioDevice;
 use crate::virtio::vsock::connection::PATIENCE;
@@ -44,6 +46,30 @@ fn the_guest_connects_to_a_program() {
     assert_eq!(program.read(&mut data).unwrap(), 0);
     assert_eq!(driver.device.muxer.counts(), (0, 0, 0, 0));
     assert_eq!(driver.device.muxer.reserved(), 0);
+}
+
+#[test]
+fn packets_bytes_and_connections_are_counted() {
+    let mut driver = Driver::new(BUFFER);
+    let metrics = driver.device.metrics();
+    let (mut socket, mut program) = connected(&mut driver, 1000);
+    socket.send(&mut driver, b"ping");
+    program.write_all(b"pongs").unwrap();
+    assert_eq!(driver.wait_one().1, b"pongs");
+    let of = |counter: &Counter| counter.total();
+    assert_eq!((of(&metrics.tx_bytes_count), of(&metrics.rx_bytes_count)), (4, 5));
+    // Request and data; response and data.
+    assert_eq!((of(&metrics.tx_packets_count), of(&metrics.rx_packets_count)), (2, 2));
+    assert_eq!((of(&metrics.conns_added), of(&metrics.conns_removed)), (1, 0));
+    assert!(!Socket::new(1001, 80).connect(&mut driver), "no such socket");
+    assert_eq!((of(&metrics.connect_fails), of(&metrics.refused_packets_count)), (1, 1));
+    socket.shut_down(&mut driver, SHUTDOWN_BOTH);
+    assert_eq!(op(&driver.wait_one().0), Op::Reset);
+    assert_eq!((of(&metrics.conns_added), of(&metrics.conns_removed)), (1, 1));
+    let _connected = connected(&mut driver, 1002);
+    driver.device.reset();
+    assert_eq!((of(&metrics.conns_added), of(&metrics.conns_removed)), (2, 2));
+    assert_eq!((of(&metrics.tx_queue_event_fails), of(&metrics.rx_queue_event_fails)), (0, 0));
 }
 
 #[test]

@@ -125,6 +125,9 @@ fn chains_that_hold_no_packet_need_a_reset() {
         }
         break_it(&mut driver);
         assert!(driver.interrupt.is_broken(), "{what}");
+        let metrics = driver.device.metrics();
+        let faults = (metrics.rx_queue_event_fails.total(), metrics.tx_queue_event_fails.total());
+        assert_eq!(faults, if what.starts_with("a receive") { (1, 0) } else { (0, 1) }, "{what}");
         assert_eq!(program.read(&mut [0; 1]).unwrap(), 0, "{what}: connections end");
         assert_eq!(driver.device.muxer.counts(), (0, 0, 0, 0));
         // Nothing further is looked at until the driver resets the device.

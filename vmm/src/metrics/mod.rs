@@ -1,0 +1,5 @@
+//! What is counted and timed.
+
+mod devices;
+
+pub use devices::DeviceMetrics;
