@@ -213,7 +213,7 @@ fn launch(
 }
 
 fn write_acpi_tables(memory: &GuestMemoryMmap, vcpus: u8, virtio: usize) -> Result<(), StartError> {
-    let mut tables = vec![0; layout::ACPI_TABLES_SIZE as usize];
+    let mut tables = [0; acpi::MAX_SIZE];
     let config = acpi::Config {
         vcpus,
         virtio_mmio_slots: u8::try_from(virtio).map_err(internal("virtio devices"))?,

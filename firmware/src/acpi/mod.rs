@@ -27,6 +27,10 @@ use crate::layout;
 use bytes::Bytes;
 use table::{HEADER_SIZE, OEM_ID, Tables, header};
 
+/// Size of the largest tables, bytes: what a buffer needs for any [`Config`].
+pub const MAX_SIZE: usize = 5668;
+const _: () = assert!(MAX_SIZE as u64 <= layout::ACPI_TABLES_SIZE);
+
 /// What differs from one domain to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -99,7 +103,7 @@ static XSDT: [u8; HEADER_SIZE] = header(b"XSDT", 1).array();
 /// Writes the tables of a domain to the start of `out`, which the guest sees at
 /// the guest-physical address `base`: the RSDP first, at `base` itself, then the
 /// tables it leads to. Returns the number of bytes, at most
-/// [`layout::ACPI_TABLES_SIZE`]; what follows in `out` is left alone.
+/// [`MAX_SIZE`]; what follows in `out` is left alone.
 ///
 /// # Errors
 /// See [`AcpiError`]. If the buffer is too small, its content is unspecified.

@@ -76,7 +76,7 @@ impl<'a> Tables<'a> {
     /// Returns its guest-physical address.
     pub fn finish(&mut self, start: usize) -> u64 {
         let length = self.length - start;
-        // At most `layout::ACPI_TABLES_SIZE`, as a test shows.
+        // At most `MAX_SIZE`, as a test shows.
         self.patch(start + LENGTH, &(length as u32).to_le_bytes());
         self.seal(start, length, CHECKSUM);
         self.base + start as u64
