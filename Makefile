@@ -23,6 +23,7 @@ test: lint unit payload domain ## Every tier
 
 test-all: lint unit build payloads ## Every tier, the long tests and those that need root included
 	cargo test -p cofferdam-tests --features payload --tests -- --include-ignored
+	cargo test -p cofferdam-confidential --test digests -- --ignored
 	cargo test -p xtask --test rig -- --ignored --test-threads=1
 	@cargo xtask domain-tests --long
 	@echo "make test-all: lint, unit, payload and domain tiers passed, long tests included"

@@ -28,6 +28,7 @@
     )
 )]
 
+pub mod digest;
 pub mod host;
 pub mod image;
 pub mod launch;
