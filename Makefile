@@ -11,6 +11,7 @@ deps: ## Install the Debian packages, Rust targets and tools that are missing
 
 build: deps ## The shipped binaries, static, in target/x86_64-unknown-linux-musl/release
 	cargo build --release --target $(MUSL) -p cofferdam-vmm -p cofferdam-cli -p cofferdam-jailer -p cofferdam-test-guest
+	@cat "$$(ls -t target/$(MUSL)/release/build/cofferdam-confidential-*/out/stage-pages | head -n 1)"
 
 payloads: deps ## The tiny guests of the payload tier
 	cargo build --release --target $(BARE) -p cofferdam-payloads
@@ -30,12 +31,12 @@ test-all: lint unit build payloads ## Every tier, the long tests and those that 
 
 lint: deps
 	cargo fmt --all --check
-	cargo clippy --workspace --exclude cofferdam-payloads --all-targets --all-features -- -D warnings
-	cargo clippy -p cofferdam-payloads --target $(BARE) -- -D warnings
+	cargo clippy --workspace --exclude cofferdam-payloads --exclude cofferdam-stage --all-targets --all-features -- -D warnings
+	cargo clippy -p cofferdam-payloads -p cofferdam-stage --target $(BARE) -- -D warnings
 	cargo deny --log-level error check licenses bans sources
 
 unit: deps ## Pure logic, anywhere
-	cargo test --workspace --exclude cofferdam-payloads
+	cargo test --workspace --exclude cofferdam-payloads --exclude cofferdam-stage
 	cargo test -p cofferdam-firmware --lib -- --ignored iasl
 
 payload: build payloads ## The monitor and tiny guests, on any /dev/kvm

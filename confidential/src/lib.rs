@@ -34,6 +34,7 @@ pub mod image;
 pub mod launch;
 pub mod plain;
 pub mod platform;
+pub mod stage;
 
 pub use launch::{Launch, Launched};
 pub use platform::{LaunchError, MemorySlot, Platform, choose};

@@ -6,9 +6,15 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod acpi;
+pub mod boot;
+pub mod boot_params;
+pub mod e820;
 mod fields;
+pub mod first_stage;
 pub mod layout;
 pub mod manifest;
 pub mod page_tables;
 pub mod parameters;
 pub mod reason;
+pub mod reset_stub;
+pub mod sha256;

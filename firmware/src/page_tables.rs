@@ -18,38 +18,31 @@ const PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
 const LARGE: u64 = 1 << 7;
 
-/// PML4 and PDPT, in this order, a page each.
-pub type Tables = [[u64; ENTRIES]; 2];
-
-/// Fills `tables`, which will lie at the guest-physical address `address`, so that they map the first `gib` GiB (at
-/// most 512). `private` is the bit of an address that makes a page private (SEV-SNP: `1 << 51`), or 0 where there
-/// is none.
-pub fn fill(tables: &mut Tables, address: u64, gib: u64, private: u64) {
-    let [pml4, pdpt] = tables;
-    pml4.fill(0);
-    pdpt.fill(0);
-    if let Some(first) = pml4.first_mut() {
-        *first = address.wrapping_add(PAGE_SIZE) | private | PRESENT | WRITABLE;
+/// Writes the tables, PML4 and PDPT, into `pages`, which lie at the guest-physical address `address`: they map the first
+/// `gib` GiB (at most 512). `private` is the bit of an address that makes a page private (SEV-SNP: `1 << 51`), or 0
+/// where there is none.
+pub fn fill(pages: &mut [u8], address: u64, gib: u64, private: u64) {
+    let (entries, _) = pages.as_chunks_mut();
+    let (pml4, pdpt) = entries.split_at_mut_checked(ENTRIES).unwrap_or_default();
+    let pdpt_address = address.wrapping_add(PAGE_SIZE);
+    for (index, entry) in pml4.iter_mut().enumerate() {
+        let value = if index == 0 { pdpt_address | private | PRESENT | WRITABLE } else { 0 };
+        *entry = value.to_le_bytes();
     }
-    for (entry, number) in pdpt.iter_mut().zip(0..gib) {
-        let page = number.wrapping_mul(GIB);
+    for (entry, number) in pdpt.iter_mut().zip(0..) {
+        let page = number * GIB;
         let private = if page == GAP_START { 0 } else { private };
-        *entry = page | private | PRESENT | WRITABLE | LARGE;
+        let value = if number < gib { page | private | PRESENT | WRITABLE | LARGE } else { 0 };
+        *entry = value.to_le_bytes();
     }
 }
 
-/// The bytes of an image's own tables, for [`layout::STAGE_PAGE_TABLES`](crate::layout::STAGE_PAGE_TABLES); `private` is as in [`fill`].
+/// An image's own tables, for [`layout::STAGE_PAGE_TABLES`](crate::layout::STAGE_PAGE_TABLES); `private` is as in
+/// [`fill`].
 pub fn entry_tables(private: u64) -> [[u8; PAGE_SIZE as usize]; 2] {
-    let mut tables = [[0; ENTRIES]; 2];
-    fill(&mut tables, crate::layout::STAGE_PAGE_TABLES, ENTRY_GIB, private);
-    tables.map(|table| {
-        let mut bytes = [0; PAGE_SIZE as usize];
-        let (places, _) = bytes.as_chunks_mut();
-        for (place, entry) in places.iter_mut().zip(table) {
-            *place = entry.to_le_bytes();
-        }
-        bytes
-    })
+    let mut tables = [[0; _]; 2];
+    fill(tables.as_flattened_mut(), crate::layout::STAGE_PAGE_TABLES, ENTRY_GIB, private);
+    tables
 }
 
 #[cfg(test)]
@@ -74,9 +67,10 @@ mod tests {
 
     #[test]
     fn old_content_goes_and_memory_above_4_gib_is_private() {
-        let mut tables = [[u64::MAX; 512]; 2];
-        fill(&mut tables, 0x9000, 65, C);
-        assert_eq!(tables[0][..2], [C | 0xa003, 0]);
-        assert_eq!(tables[1][63..66], [C | 63 << 30 | 0x83, C | 64 << 30 | 0x83, 0]);
+        let mut tables = [[0xFF; 4096]; 2];
+        fill(tables.as_flattened_mut(), 0x9000, 65, C);
+        let [pml4, pdpt] = tables.map(|page| words(&page));
+        assert_eq!(pml4[..2], [C | 0xa003, 0]);
+        assert_eq!(pdpt[63..66], [C | 63 << 30 | 0x83, C | 64 << 30 | 0x83, 0]);
     }
 }

@@ -1,0 +1,218 @@
+//! What the first stage does between its entry and the kernel's, on any platform.
+//!
+//! 1. Read the launch manifest, which is measured, and a copy of the parameter page,
+//!    which is not; refuse parameters that the manifest does not allow.
+//! 2. Make the domain's RAM its private memory, and page tables for all of it.
+//! 3. Copy the command line, the kernel and the initrd from the load window into private
+//!    memory, each to its final place, and compare the hash of *the copy* with the
+//!    manifest's. The window is shared with the host and may change at any time, so each
+//!    byte is read from it once, and nothing in it is ever looked into. All addresses and
+//!    sizes are the manifest's.
+//! 4. Read the headers of the kernel that was found good, put its segments in place.
+//! 5. Write what a kernel expects: `boot_params` with the memory map, the ACPI tables.
+//!
+//! The order of 3 matters for the sizes: nothing is copied before it is known to end
+//! inside the RAM, below what comes next.
+
+use core::ops::Range;
+
+use crate::boot::Kernel;
+use crate::layout::{
+    ACPI_TABLES, ACPI_TABLES_SIZE, BOOT_PAGE_TABLES, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, GAP_END,
+    GIB, HIGH_MEMORY, HOST_DATA_NODE, LAUNCH_MANIFEST, PAGE_SIZE, PARAMETER_PAGE, RESET_STUB,
+};
+use crate::manifest::{Item, KernelFormat, Manifest};
+use crate::parameters::{Parameters, ParametersError};
+use crate::reason::Reason;
+use crate::sha256::Method;
+use crate::{acpi, boot_params, layout, page_tables, parameters, reset_stub};
+
+/// `setup_data.type` of the node with the host data; Linux shows it below /sys/kernel/boot_params/setup_data.
+pub const HOST_DATA_TYPE: u32 = u32::from_le_bytes(*b"CFHD");
+
+/// What differs from one platform to another, and the memory of the domain.
+pub trait Platform {
+    /// The bit of an address that makes a page private, or 0.
+    fn private_bit(&self) -> u64;
+
+    /// Makes the RAM of a domain with `memory` bytes private, but for the pages of the image, which are.
+    fn accept_memory(&mut self, memory: u64);
+
+    /// The page at the guest-physical address `address`, which the image brought.
+    fn image_page(&self, address: u64) -> &[u8; PAGE_SIZE as usize];
+
+    /// `length` bytes of private memory at the guest-physical address `address`; none if they are not all RAM below
+    /// 3 GiB, or are the first stage's own.
+    fn memory(&mut self, address: u64, length: u64) -> &mut [u8];
+
+    /// Copies `length` bytes from `from` to the private memory at `to`, by rising address. `from` is private memory, or
+    /// shared memory that the host may be changing; each byte of it is read once. Copies nothing where
+    /// [`Self::memory`] would give none.
+    fn copy(&mut self, from: u64, to: u64, length: u64);
+
+    /// EAX, EBX, ECX and EDX of a CPUID leaf of this processor.
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4];
+
+    /// Writes a byte to the console, if there is one.
+    fn console(&mut self, byte: u8);
+
+    /// Stops the domain, and tells the monitor why.
+    fn terminate(&mut self, reason: Reason) -> !;
+}
+
+/// Stops the domain, after some words on its console.
+pub fn refuse(platform: &mut impl Platform, reason: Reason) -> ! {
+    for text in ["\nfirst stage: ", reason.words(), "\n"] {
+        text.bytes().for_each(|byte| platform.console(byte));
+    }
+    platform.terminate(reason)
+}
+
+/// Prepares the domain's memory for its kernel, whose `boot_params` are then at [`BOOT_PARAMS`] and whose page tables are
+/// at [`BOOT_PAGE_TABLES`]. Returns the guest-physical address of the kernel's first instruction. SSE must be enabled.
+///
+/// # Errors
+/// Why the kernel must not run.
+pub fn prepare(platform: &mut impl Platform) -> Result<u64, Reason> {
+    let manifest = Manifest::decode(platform.image_page(LAUNCH_MANIFEST)).map_err(|_| Reason::Manifest)?;
+    let parameters = read_parameters(platform, &manifest)?;
+    let memory = parameters.memory;
+    platform.accept_memory(memory);
+    let private_bit = platform.private_bit();
+    let gib = GAP_END / GIB + memory.div_ceil(GIB);
+    page_tables::fill(platform.memory(BOOT_PAGE_TABLES, 2 * PAGE_SIZE), BOOT_PAGE_TABLES, gib, private_bit);
+
+    let kernel = load_kernel(platform, &manifest, memory)?;
+    load_command_line(platform, &manifest.command_line, &kernel)?;
+    let initrd = load_initrd(platform, &manifest, &kernel, memory)?;
+    let setup_data = if manifest.host_data { write_host_data(platform, &parameters.host_data) } else { 0 };
+    boot_params::complete(platform.memory(BOOT_PARAMS, boot_params::SIZE as u64), memory, initrd, setup_data);
+    let tables = acpi::Config {
+        vcpus: parameters.vcpus,
+        virtio_mmio_slots: parameters.virtio_mmio_slots,
+        serial: parameters.serial,
+    };
+    acpi::build(&tables, ACPI_TABLES, platform.memory(ACPI_TABLES, ACPI_TABLES_SIZE))
+        .map_err(|_| Reason::AcpiTables)?;
+    let stub = reset_stub::CODE;
+    platform.memory(RESET_STUB, stub.len() as u64).iter_mut().zip(stub).for_each(|(to, from)| *to = from);
+    Ok(kernel.entry)
+}
+
+fn read_parameters(platform: &mut impl Platform, manifest: &Manifest) -> Result<Parameters, Reason> {
+    // Where the command line will be: the parameters are needed no longer by then.
+    platform.copy(PARAMETER_PAGE, COMMAND_LINE, parameters::SIZE as u64);
+    let copy = platform.memory(COMMAND_LINE, parameters::SIZE as u64).first_chunk();
+    Parameters::decode(copy.ok_or(Reason::Parameters)?, manifest).map_err(|error| match error {
+        ParametersError::Magic | ParametersError::Version { .. } | ParametersError::Flags { .. } => {
+            Reason::Parameters
+        }
+        ParametersError::Memory { .. } => Reason::Memory,
+        ParametersError::Vcpus { .. } => Reason::Vcpus,
+        ParametersError::VirtioMmioSlots { .. } => Reason::Devices,
+        ParametersError::HostData => Reason::HostData,
+    })
+}
+
+/// Copies an item to private memory, and checks the copy.
+fn fetch(platform: &mut impl Platform, item: &Item, to: u64, mismatch: Reason) -> Result<(), Reason> {
+    platform.copy(item.address, to, item.size);
+    let method = hash_method(platform);
+    let copy = platform.memory(to, item.size);
+    if copy.len() as u64 != item.size || method.digest(copy) != item.sha256 {
+        return Err(mismatch);
+    }
+    Ok(())
+}
+
+/// The fastest method of this processor. SSE is enabled by the entry code.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+fn hash_method(platform: &impl Platform) -> Method {
+    let [_, _, ecx, _] = platform.cpuid(1, 0);
+    let [last_leaf, ..] = platform.cpuid(0, 0);
+    let ebx = if last_leaf < 7 { 0 } else { platform.cpuid(7, 0)[1] };
+    // SAFETY: they are this processor's; `prepare` asks for SSE.
+    unsafe { Method::for_processor(ecx, ebx) }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn hash_method(_platform: &impl Platform) -> Method {
+    Method::PORTABLE
+}
+
+/// Loads the kernel, and begins `boot_params` with what it brings for them.
+fn load_kernel(platform: &mut impl Platform, manifest: &Manifest, memory: u64) -> Result<Kernel, Reason> {
+    let [(_, low), _] = layout::ram_ranges(memory);
+    let (file, at) = (&manifest.kernel.file, manifest.kernel.address);
+    if at < HIGH_MEMORY || at > low || file.size > low - at {
+        return Err(Reason::KernelPlace);
+    }
+    fetch(platform, file, at, Reason::KernelHash)?;
+    let kernel = Kernel::read(platform.memory(at, file.size), file.size).map_err(|_| Reason::KernelFormat)?;
+    if kernel.format() != manifest.kernel.format {
+        return Err(Reason::KernelFormat);
+    }
+    if !kernel.can_be_copied_to(at) || kernel.memory(at).end > low {
+        return Err(Reason::KernelPlace);
+    }
+    // Before the file is moved, as a segment may come to lie on its header.
+    match kernel.format() {
+        KernelFormat::BzImage => {
+            platform.copy(at, BOOT_PARAMS, boot_params::SIZE as u64);
+            boot_params::begin_from_header(platform.memory(BOOT_PARAMS, boot_params::SIZE as u64));
+        }
+        KernelFormat::Elf => {
+            boot_params::begin_for_elf(platform.memory(BOOT_PARAMS, boot_params::SIZE as u64));
+        }
+    }
+    for segment in kernel.segments() {
+        let from = at.wrapping_add(segment.offset);
+        if from != segment.address {
+            platform.copy(from, segment.address, segment.file_size);
+        }
+        if kernel.clears_memory() {
+            let end = segment.address.wrapping_add(segment.file_size);
+            platform.memory(end, segment.memory_size.wrapping_sub(segment.file_size)).fill(0);
+        }
+    }
+    Ok(kernel)
+}
+
+fn load_command_line(platform: &mut impl Platform, line: &Item, kernel: &Kernel) -> Result<(), Reason> {
+    if line.size > kernel.command_line_max {
+        return Err(Reason::CommandLine);
+    }
+    platform.memory(COMMAND_LINE, COMMAND_LINE_MAX as u64 + 1).fill(0);
+    if line.is_empty() {
+        return Ok(());
+    }
+    fetch(platform, line, COMMAND_LINE, Reason::CommandLineHash)
+}
+
+fn load_initrd(
+    platform: &mut impl Platform,
+    manifest: &Manifest,
+    kernel: &Kernel,
+    memory: u64,
+) -> Result<Range<u64>, Reason> {
+    let item = &manifest.initrd;
+    if item.is_empty() {
+        return Ok(0..0);
+    }
+    let place = kernel.place_initrd(manifest.kernel.address, item.size, memory).ok_or(Reason::InitrdPlace)?;
+    fetch(platform, item, place.start, Reason::InitrdHash)?;
+    Ok(place)
+}
+
+/// Writes the `setup_data` node with the host data, and returns its address.
+fn write_host_data(platform: &mut impl Platform, host_data: &[u8; 32]) -> u64 {
+    let mut node = [0; 48]; // no next node
+    let (head, data) = node.split_at_mut(16);
+    let fields = HOST_DATA_TYPE.to_le_bytes().into_iter().chain((host_data.len() as u32).to_le_bytes());
+    head.iter_mut().skip(8).zip(fields).for_each(|(to, from)| *to = from);
+    data.iter_mut().zip(host_data).for_each(|(to, from)| *to = *from);
+    let place = platform.memory(HOST_DATA_NODE, node.len() as u64);
+    place.iter_mut().zip(node).for_each(|(to, from)| *to = from);
+    HOST_DATA_NODE
+}

@@ -1,0 +1,99 @@
+//! The first stage: the only program of a domain that is measured page by page. It
+//! verifies the kernel, the initrd and the command line, and starts them. What it
+//! does is in [`cofferdam_firmware::first_stage`], where it is tested; here is what
+//! only a processor without an operating system can do.
+//!
+//! It is a flat program at a fixed address, entered in 64-bit mode at its first byte,
+//! with page tables that map the first 4 GiB onto themselves
+//! ([`cofferdam_firmware::page_tables`]). It handles no exceptions: one ends the domain.
+//!
+//! `confidential/build.rs` builds it, and checks its size. There is no panic in it: the
+//! linker would miss the function that the panic handler calls.
+#![no_std]
+#![no_main]
+#![allow(unsafe_code)] // entry code in assembly, and memory by its address
+
+mod plain;
+mod tdx_reset;
+
+use core::arch::global_asm;
+use core::panic::PanicInfo;
+
+use cofferdam_firmware::first_stage;
+use cofferdam_firmware::first_stage::Platform;
+use cofferdam_firmware::layout::{BOOT_PAGE_TABLES, BOOT_PARAMS};
+
+use crate::plain::Plain;
+
+global_asm!(
+    r#"
+    .section .text.entry, "ax"
+    .global stage_start
+stage_start:
+    cli
+    cld
+    mov $stage_stack, %esp
+    lgdt gdt_pointer
+    mov %cr4, %rax
+    or ${sse}, %eax
+    mov %rax, %cr4
+    call stage_main
+    // RAX = the kernel's first instruction, RDX = page tables; the kernel gets boot_params in RSI
+    mov %rdx, %cr3
+    mov ${data}, %ecx
+    mov %ecx, %ds
+    mov %ecx, %es
+    mov %ecx, %fs
+    mov %ecx, %gs
+    mov %ecx, %ss
+    mov ${boot_params}, %esi
+    xor %edi, %edi
+    xor %ebx, %ebx
+    xor %ebp, %ebp
+    jmp *%rax
+
+    // The segments of the entry state, for those who load their selectors anew: __BOOT_CS and __BOOT_DS of Linux.
+    .balign 8
+gdt:
+    .quad 0
+    .quad 0
+    .quad 0x00AF9B000000FFFF
+    .quad 0x00CF93000000FFFF
+gdt_pointer:
+    .short gdt_pointer - gdt - 1
+    .quad gdt
+    "#,
+    sse = const 3 << 9, // CR4.OSFXSR, CR4.OSXMMEXCPT: for the SHA instructions
+    data = const 0x18,
+    boot_params = const BOOT_PARAMS,
+    options(att_syntax)
+);
+
+/// How the entry code goes on.
+#[repr(C)]
+struct Kernel {
+    /// Address of its first instruction.
+    entry: u64,
+    /// CR3.
+    page_tables: u64,
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn stage_main() -> Kernel {
+    let mut platform = Plain;
+    match first_stage::prepare(&mut platform) {
+        Ok(entry) => Kernel { entry, page_tables: BOOT_PAGE_TABLES | platform.private_bit() },
+        Err(reason) => first_stage::refuse(&mut platform, reason),
+    }
+}
+
+unsafe extern "C" {
+    /// Is nowhere: a program that could panic does not link.
+    fn the_first_stage_must_not_panic() -> !;
+}
+
+#[panic_handler]
+fn panicked(_: &PanicInfo) -> ! {
+    // SAFETY: never called.
+    unsafe { the_first_stage_must_not_panic() }
+}
