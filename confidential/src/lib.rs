@@ -30,6 +30,7 @@
 
 pub mod digest;
 pub mod host;
+pub mod igvm;
 pub mod image;
 pub mod launch;
 pub mod plain;

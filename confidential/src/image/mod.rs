@@ -4,3 +4,6 @@
 //! an image file, a launch digest) through one trait, [`importer::Importer`].
 
 pub mod importer;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod walk;
