@@ -99,7 +99,7 @@ pub struct RunArgs {
     /// Memory, 32M to 64G
     #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_size)]
     pub memory: u64,
-    /// A disk: path=FILE[,ro][,root][,id=NAME][,iops=N][,bandwidth=N]; may be given several times
+    /// A disk: path=FILE[,ro][,root][,id=NAME][,iops=N][,bandwidth=N][,engine=NAME]; may be given several times
     ///
     /// A raw image or a block device. `ro` forbids writing, `root` makes it the root file system, `iops`
     /// and `bandwidth` limit requests and bytes per second. A comma in FILE is written twice.

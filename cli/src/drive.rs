@@ -1,4 +1,4 @@
-//! The value of `--drive`: `path=disk.img[,ro][,id=NAME][,root][,iops=N][,bandwidth=N]`.
+//! The value of `--drive`: `path=disk.img[,ro][,id=NAME][,root][,iops=N][,bandwidth=N][,engine=NAME]`.
 //! A comma within a value is written twice.
 
 use cofferdam_api::config::{CacheType, Drive, IoEngine, RateLimiter, TokenBucket};
@@ -17,6 +17,7 @@ pub struct DriveArg {
     root: bool,
     iops: Option<u64>,
     bandwidth: Option<u64>,
+    engine: IoEngine,
 }
 
 impl DriveArg {
@@ -43,6 +44,14 @@ impl DriveArg {
                     drive.bandwidth =
                         Some(parse_bandwidth(n).map_err(|error| format!("bandwidth: {error}"))?);
                 }
+                ("engine", Some(name)) => {
+                    drive.engine = match name {
+                        "auto" => IoEngine::Auto,
+                        "sync" => IoEngine::Sync,
+                        "async" => IoEngine::Async,
+                        _ => return Err(format!("engine={name}: is none of auto, sync, async")),
+                    };
+                }
                 _ => return Err(unknown_item(&item)),
             }
             if seen.iter().any(|before| before == key) {
@@ -66,7 +75,7 @@ impl DriveArg {
             is_root_device: self.root,
             is_read_only: self.read_only,
             cache_type: CacheType::default(),
-            io_engine: IoEngine::default(),
+            io_engine: self.engine,
             block_size: 512,
             rate_limiter: (limiter != RateLimiter::default()).then_some(limiter),
         }
@@ -75,7 +84,8 @@ impl DriveArg {
 
 fn unknown_item(item: &str) -> String {
     format!(
-        "{item:?} is none of path=FILE, ro, root, id=NAME, iops=N, bandwidth=N (a comma in a path is written twice)"
+        "{item:?} is none of path=FILE, ro, root, id=NAME, iops=N, bandwidth=N, engine=NAME (a comma in a path is \
+         written twice)"
     )
 }
 
@@ -103,10 +113,11 @@ mod tests {
 
     #[test]
     fn all_items() {
-        let drive = parse("path=d.img,ro,id=data,root,iops=100,bandwidth=10M").into_drive(0);
+        let drive = parse("path=d.img,ro,id=data,root,iops=100,bandwidth=10M,engine=async").into_drive(0);
         assert_eq!(drive.path_on_host.to_str(), Some("d.img"));
         assert_eq!(drive.drive_id, "data");
         assert!(drive.is_read_only && drive.is_root_device);
+        assert_eq!(drive.io_engine, IoEngine::Async);
         let limiter = drive.rate_limiter.unwrap();
         assert_eq!(limiter.ops, Some(TokenBucket { size: 100, one_time_burst: None, refill_time: 1000 }));
         assert_eq!(limiter.bandwidth.unwrap().size, 10 << 20);
@@ -118,6 +129,7 @@ mod tests {
         assert_eq!(drive.drive_id, "drive3");
         assert!(!drive.is_read_only && !drive.is_root_device && drive.rate_limiter.is_none());
         assert_eq!((drive.block_size, drive.cache_type), (512, CacheType::Writeback));
+        assert_eq!(drive.io_engine, IoEngine::Auto);
     }
 
     #[test]
@@ -144,6 +156,7 @@ mod tests {
             ("path=a,iops=x", "iops=x"),
             ("path=a,iops=-1", "iops=-1"),
             ("path=a,bandwidth=5Q", "bandwidth: \"5Q\""),
+            ("path=a,engine=aio", "engine=aio: is none of auto, sync, async"),
             ("path", "\"path\" is none of"),
         ] {
             let error = DriveArg::parse(text).unwrap_err();

@@ -31,12 +31,12 @@ fn image(path: &Path, size: u64) {
 }
 
 /// Boots a guest that writes a file to an ext4 file system, and compares the sums of both sides.
-fn write_and_compare(cpus: &str, seed: u64) {
+fn write_and_compare(cpus: &str, engine: &str, seed: u64) {
     let guest = Guest::new();
     let (disk, copy) = (guest.file("disk"), guest.file("copy"));
     image(&disk, 128 << 20);
     tool("mkfs.ext4", &["-q", "-F"], &disk);
-    let done = guest.run_with("disk", seed).with("cpus", cpus).with("drive", drive(&disk, "")).finish();
+    let done = guest.run_with("disk", seed).with("cpus", cpus).with("drive", drive(&disk, engine)).finish();
     assert_eq!(done.outcome().exit_reason, ExitReason::PowerOff, "{done}");
     assert_eq!(done.code(), 0, "{done}");
     tool("debugfs", &["-R", &format!("dump /file {}", copy.display())], &disk);
@@ -48,12 +48,12 @@ fn write_and_compare(cpus: &str, seed: u64) {
 
 #[test]
 fn a_synced_file_is_the_same_on_the_host_with_1_cpu() {
-    write_and_compare("1", 21);
+    write_and_compare("1", ",engine=sync", 21);
 }
 
 #[test]
 fn a_synced_file_is_the_same_on_the_host_with_2_cpus() {
-    write_and_compare("2", 22);
+    write_and_compare("2", ",engine=async", 22);
 }
 
 #[test]

@@ -20,6 +20,9 @@ use thiserror::Error;
 
 use crate::rate_limiter::RateLimits;
 
+/// What `statfs` calls tmpfs and ramfs (Linux, `include/uapi/linux/magic.h`).
+const MEMORY_MAGIC: [rustix::fs::FsWord; 2] = [0x0102_1994, 0x8584_58F6];
+
 /// Where a drive's content is.
 #[derive(Debug)]
 pub enum BlockSource {
@@ -42,7 +45,8 @@ pub enum Cache {
 /// How the file is read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Engine {
-    /// io_uring where the host has it, else `preadv` and `pwritev`.
+    /// io_uring where the host has it and the file is not in memory, else `preadv` and `pwritev`. (io_uring would
+    /// hand each request for a file of tmpfs to a thread, as that cannot say beforehand that it will not wait.)
     #[default]
     Auto,
     /// `preadv` and `pwritev` on the event loop.
@@ -180,6 +184,8 @@ pub struct BlockFile {
     pub(super) block_size: u32,
     pub(super) id: String,
     pub(super) limits: RateLimits,
+    /// Whether the file is on a file system that keeps it in memory.
+    pub(super) in_memory: bool,
     /// What the file system was found not to support.
     no_punch_hole: AtomicBool,
     no_zero_range: AtomicBool,
@@ -210,8 +216,10 @@ impl BlockFile {
         if !size.is_multiple_of(u64::from(block_size)) {
             return Err(BlockFileError::Size { path, size, block_size });
         }
+        let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|stat| MEMORY_MAGIC.contains(&stat.f_type));
         let (no_punch_hole, no_zero_range) = Default::default();
         Ok(Self {
+            in_memory,
             file,
             path,
             size,

@@ -186,6 +186,7 @@ impl Block {
             .map_err(|error| BlockError::RateLimit { id: id(), error })?;
         let uring = match file.engine {
             Engine::Sync => None,
+            Engine::Auto if file.in_memory => None,
             Engine::Async => {
                 let ring = uring(file.clone(), QUEUE_SIZE);
                 Some(ring.map_err(|error| BlockError::Uring { id: id(), error })?)

@@ -1,8 +1,10 @@
 //! How the device shares its time: engines, batches, limits, resets.
 
+use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -30,13 +32,30 @@ fn offer_reads(guest: &mut Guest, count: u64) {
 #[test]
 fn auto_takes_the_synchronous_engine_where_rings_are_refused() {
     let refuse = |_, _| Err(Errno::PERM.into());
-    let open = |engine| BlockFile::open(options(&image(512), engine)).unwrap();
+    let open = |engine| {
+        let mut file = BlockFile::open(options(&image(512), engine)).unwrap();
+        file.in_memory = false;
+        file
+    };
     assert!(!Block::with_uring(open(Engine::Auto), refuse).unwrap().uses_uring());
     assert!(Block::new(open(Engine::Auto)).unwrap().uses_uring());
     assert!(Block::new(open(Engine::Async)).unwrap().uses_uring());
     assert!(!Block::new(open(Engine::Sync)).unwrap().uses_uring());
     let error = Block::with_uring(open(Engine::Async), refuse).err().unwrap();
     assert!(matches!(error, BlockError::Uring { .. }), "{error}");
+}
+
+#[test]
+fn auto_takes_the_synchronous_engine_for_a_file_in_memory() {
+    let memory = memfd_create("image", MemfdFlags::CLOEXEC).unwrap().into();
+    let disk = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    for (file, engine, uses_uring) in
+        [(&memory, Engine::Auto, false), (&memory, Engine::Async, true), (&disk, Engine::Auto, true)]
+    {
+        File::set_len(file, 512).unwrap();
+        let drive = BlockFile::open(options(file, engine)).unwrap();
+        assert_eq!(Block::new(drive).unwrap().uses_uring(), uses_uring, "{file:?} {engine:?}");
+    }
 }
 
 #[test]
