@@ -15,8 +15,8 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{
-    AtFlags, CWD, Dir, FlockOperation, Gid, Mode, OFlags, ResolveFlags, Uid, fchmod, fchown, flock, fstat,
-    ftruncate, mkdirat, open, openat, openat2, unlinkat,
+    AtFlags, CWD, Dir, FlockOperation, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, fchmod, fchown, flock,
+    fstat, ftruncate, mkdirat, open, openat, openat2, unlinkat,
 };
 use rustix::io::{Errno, pread, pwrite};
 use rustix::process::Pid;
@@ -25,6 +25,8 @@ use crate::cgroup;
 
 const LOCK: &str = "jailer.lock";
 const ROOT: &str = "root";
+/// Where Firecracker's clients have it make its sockets.
+const RUN: &str = "run";
 /// The lock of a jail that is being removed is free within this many tries, 10 ms apart.
 const LOCK_TRIES: u32 = 200;
 
@@ -163,7 +165,7 @@ impl Claim {
         Ok(claim)
     }
 
-    /// Notes what there will be, and makes the root directory, for `owner` if that is somebody else.
+    /// Notes what there will be, and makes the root directory and `/run` in it, for `owner` if that is somebody else.
     pub fn furnish(
         &mut self,
         cgroups: Vec<PathBuf>,
@@ -183,7 +185,17 @@ impl Claim {
         if let Some((uid, gid)) = owner {
             fchown(&opened, Some(uid), Some(gid)).map_err(failed("chown", &root))?;
         }
-        Ok(())
+        let run = root.join(RUN);
+        match mkdirat(&opened, RUN, Mode::RWXU) {
+            // Somebody has prepared it, or something else of this name, for the program or for nobody.
+            Err(Errno::EXIST) => return Ok(()),
+            other => other.map_err(failed("mkdir", &run))?,
+        }
+        match owner {
+            Some((uid, gid)) => chownat(&opened, RUN, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
+                .map_err(failed("chown", &run)),
+            None => Ok(()),
+        }
     }
 
     /// Writes the monitor's process id, as the host has it, to `PROGRAM.pid` in the root directory. The file is
@@ -372,7 +384,9 @@ mod tests {
         fs::write(place.root().join("socket"), "").unwrap();
         symlink("/etc", place.root().join("link")).unwrap();
         let claim = begin(&place);
-        assert_eq!(names_in(&place.root()).unwrap().unwrap(), ["kernel"]);
+        let mut names = names_in(&place.root()).unwrap().unwrap();
+        names.sort();
+        assert_eq!(names, ["kernel", "run"]);
         claim.release().unwrap();
         assert_eq!(names_in(&place.root()).unwrap().unwrap(), ["kernel"]);
     }

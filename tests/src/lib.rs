@@ -8,6 +8,7 @@
 #![allow(clippy::expect_used, clippy::panic)]
 
 pub mod api;
+pub mod held;
 pub mod host;
 pub mod kernels;
 pub mod place;
