@@ -25,18 +25,3 @@ pub type Page = [u8; PAGE];
 
 /// A SHA-384 digest: SNP's launch digest, TDX's MRTD.
 pub type Sha384Digest = [u8; 48];
-
-/// Most private pages that are measured for one image: 4 GiB. Parameter areas need
-/// no bytes in a file, so that a small one could ask for any number.
-pub const MAX_PAGES: u64 = 1 << 20;
-
-/// An image that nobody would want measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("more than {MAX_PAGES} private pages")]
-pub struct TooManyPages;
-
-/// Adds `pages` to the number of pages measured so far.
-fn count_pages(sum: &mut u64, pages: u64) -> Result<(), TooManyPages> {
-    *sum = sum.saturating_add(pages);
-    if *sum > MAX_PAGES { Err(TooManyPages) } else { Ok(()) }
-}

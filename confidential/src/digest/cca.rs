@@ -10,7 +10,7 @@
 
 use sha2::{Digest, Sha256, Sha384, Sha512};
 
-use super::{Page, TooManyPages, count_pages};
+use super::Page;
 use crate::image::importer::{
     ImagePlatform, Importer, Item, PAGE, PageKind, PageRun, PlatformInfo, VcpuContext,
 };
@@ -181,8 +181,6 @@ pub enum CcaError {
     PageKind { gpa: u64, kind: PageKind },
     #[error("vCPU {0}: only vCPU 0 has a context, the registers of a runnable REC")]
     Context(u16),
-    #[error(transparent)]
-    TooManyPages(#[from] TooManyPages),
 }
 
 /// Measures an image's CCA part as KVM (series v15 for Linux) and the RMM would:
@@ -191,7 +189,6 @@ pub enum CcaError {
 pub struct CcaMeasurement {
     hash: HashAlgorithm,
     rim: Rim,
-    pages: u64,
     first: Option<(u64, [u64; 8])>,
 }
 
@@ -199,7 +196,7 @@ impl CcaMeasurement {
     /// Before the walk: `rim` is that of a realm whose memory is described (in
     /// RMM 1.0 by [`Rim::init_ripas`]), but empty.
     pub const fn new(rim: Rim) -> Self {
-        Self { hash: rim.hash, rim, pages: 0, first: None }
+        Self { hash: rim.hash, rim, first: None }
     }
 
     /// The RIM. Without a context the first virtual CPU has all registers 0.
@@ -214,7 +211,6 @@ impl CcaMeasurement {
         if run.kind == PageKind::Shared {
             return Ok(());
         }
-        count_pages(&mut self.pages, run.pages)?;
         let mut buffer = [0; PAGE];
         for (gpa, content) in run.each_page() {
             match run.kind {
@@ -246,7 +242,6 @@ impl<'a> Importer<'a> for CcaMeasurement {
         match item {
             Item::Pages(run) => self.add_run(run)?,
             Item::Parameters(area) => {
-                count_pages(&mut self.pages, area.pages)?;
                 for (gpa, _) in area.each_page() {
                     self.rim.add_data(gpa, None);
                 }
@@ -378,8 +373,6 @@ mod tests {
         assert_eq!(import(&[pages(kind)]), Err(CcaError::PageKind { gpa: 0x1000, kind }));
         assert_eq!(import(&[vcpu(1, 1)]), Err(CcaError::Context(1)));
         assert_eq!(import(&[vcpu(0, 0)]), Err(CcaError::Context(0)));
-        let area = ParameterArea { gpa: 0, pages: u64::MAX, initial: Content::ZERO, values: vec![] };
-        assert_eq!(import(&[Item::Parameters(area)]), Err(CcaError::TooManyPages(TooManyPages)));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha384};
 use zerocopy::IntoBytes;
 
 use super::vmsa::{Vmsa, VmsaError};
-use super::{Page, Sha384Digest, TooManyPages, count_pages};
+use super::{Page, Sha384Digest};
 use crate::image::importer::{
     ImagePlatform, Importer, Item, PAGE, PageKind, PageRun, PlatformInfo, SnpIdBlock, VcpuContext,
 };
@@ -121,15 +121,12 @@ pub enum SnpError {
     TwoContexts(u16),
     #[error("the image has a context for vCPU {index}: {vcpus} vCPUs are too few")]
     TooFewVcpus { index: u16, vcpus: u32 },
-    #[error(transparent)]
-    TooManyPages(#[from] TooManyPages),
 }
 
 /// Measures an image's SNP part as KVM and the secure processor would.
 #[derive(Clone, Debug, Default)]
 pub struct SnpMeasurement {
     digest: LaunchDigest,
-    pages: u64,
     contexts: BTreeMap<u16, Vmsa>,
     policy: Option<u64>,
     id_block: Option<Box<SnpIdBlock>>,
@@ -175,7 +172,6 @@ impl SnpMeasurement {
         if run.kind == PageKind::Shared {
             return Ok(());
         }
-        count_pages(&mut self.pages, run.pages)?;
         let mut buffer = [0; PAGE];
         for (gpa, content) in run.each_page() {
             let page = match run.kind {
@@ -223,7 +219,6 @@ impl<'a> Importer<'a> for SnpMeasurement {
         match item {
             Item::Pages(run) => self.add_run(run)?,
             Item::Parameters(area) => {
-                count_pages(&mut self.pages, area.pages)?;
                 for (gpa, _) in area.each_page() {
                     self.digest.add_page(gpa, LaunchPage::Unmeasured);
                 }
@@ -240,8 +235,7 @@ impl<'a> Importer<'a> for SnpMeasurement {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::digest::MAX_PAGES;
-    use crate::image::importer::{Content, ParameterArea};
+    use crate::image::importer::Content;
 
     fn import(items: &[Item]) -> Result<SnpMeasurement, SnpError> {
         let mut measurement = SnpMeasurement::new();
@@ -318,14 +312,5 @@ mod tests {
         };
         assert_eq!(measurement.digest(2), Ok(by_hand([false, true])));
         assert_eq!(import(&[]).unwrap().digest(2), Ok(by_hand([false, false])));
-    }
-
-    #[test]
-    fn work_is_bounded() {
-        let area =
-            |pages| Item::Parameters(ParameterArea { gpa: 0, pages, initial: Content::ZERO, values: vec![] });
-        assert_eq!(import(&[area(u64::MAX)]).unwrap_err(), SnpError::TooManyPages(TooManyPages));
-        let run = PageRun { gpa: 0, pages: MAX_PAGES, kind: PageKind::Measured, content: Content::ZERO };
-        assert_eq!(import(&[area(1), Item::Pages(run)]).unwrap_err(), SnpError::TooManyPages(TooManyPages));
     }
 }
