@@ -4,6 +4,7 @@
 //! an image file, a launch digest) through one trait, [`importer::Importer`].
 
 pub mod importer;
+pub mod manifest;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod walk;
