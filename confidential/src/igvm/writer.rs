@@ -1,9 +1,9 @@
 //! Writes IGVM files that can be mapped.
 //!
-//! The file data begin at a multiple of 4 KiB, each content after the other in the order of the
-//! headers, each filled up with zeroes to 4 KiB. So pages that follow each other in memory do so in the
-//! file, and a domain can map them from it. Pages of zeroes take no space. Nothing is shared between
-//! headers, no time and no name goes in: the bytes follow from the items alone.
+//! The file data begin at a multiple of 4 KiB: first what is private, which is little, then what is shared,
+//! each in the order of the headers, each content filled up with zeroes to 4 KiB. So shared pages that
+//! follow each other in memory do so in the file, and a domain can map them from it. Pages of zeroes take no
+//! space. No two headers have the same data, no time and no name goes in: the bytes follow from the items alone.
 
 use std::borrow::Cow;
 use std::io::{self, Write};
@@ -58,13 +58,51 @@ pub struct Writer<'a> {
     platforms: Vec<u8>,
     initialization: Vec<u8>,
     directives: Vec<u8>,
-    /// Positions in the directives of 32-bit offsets that count from the beginning of the file data.
-    offsets: Vec<usize>,
-    data: Vec<Cow<'a, [u8]>>,
-    /// Length of the file data so far, bytes; a multiple of a page.
-    data_length: u64,
+    private: Data<'a>,
+    shared: Data<'a>,
     areas: u32,
     aarch64: bool,
+}
+
+/// One of the two parts of the file data.
+#[derive(Debug, Default)]
+struct Data<'a> {
+    contents: Vec<Cow<'a, [u8]>>,
+    /// Length so far, bytes; a multiple of a page.
+    length: u64,
+    /// Positions in the directives of 32-bit file offsets that count from the beginning of this part.
+    offsets: Vec<usize>,
+}
+
+impl<'a> Data<'a> {
+    /// Takes `bytes`. Returns where they begin.
+    fn add(&mut self, bytes: Cow<'a, [u8]>) -> u64 {
+        let start = self.length;
+        self.length = start.saturating_add(bytes.len().next_multiple_of(PAGE) as u64);
+        self.contents.push(bytes);
+        start
+    }
+
+    /// Lets the field at `position` of the directives say where `offset` of this part is.
+    fn refer(&mut self, directives: &mut [u8], position: usize, offset: u64) -> Result<(), WriteError> {
+        let offset = u32::try_from(offset).map_err(|_| WriteError::TooLarge)?;
+        if let Some(field) = directives.get_mut(position..).and_then(<[u8]>::first_chunk_mut) {
+            *field = offset.to_le_bytes();
+        }
+        self.offsets.push(position);
+        Ok(())
+    }
+
+    /// Makes the offsets count from the beginning of the file, in which this part begins at `start`.
+    fn place(&self, directives: &mut [u8], start: u64) -> Result<(), WriteError> {
+        for position in &self.offsets {
+            if let Some(field) = directives.get_mut(*position..).and_then(<[u8]>::first_chunk_mut) {
+                let offset = u64::from(u32::from_le_bytes(*field)).saturating_add(start);
+                *field = u32::try_from(offset).map_err(|_| WriteError::TooLarge)?.to_le_bytes();
+            }
+        }
+        Ok(())
+    }
 }
 
 impl<'a> Importer<'a> for Writer<'a> {
@@ -124,17 +162,11 @@ impl<'a> Writer<'a> {
             .iter()
             .fold(0, |sum: usize, length| sum.saturating_add(*length));
         let data_start = fixed.saturating_add(headers).next_multiple_of(PAGE) as u64;
-        let total = data_start.saturating_add(self.data_length);
+        let shared_start = data_start.saturating_add(self.private.length);
+        let total = shared_start.saturating_add(self.shared.length);
         let total = u32::try_from(total).map_err(|_| WriteError::TooLarge)?;
-
-        for position in &self.offsets {
-            let field = self.directives.get_mut(*position..).and_then(<[u8]>::first_chunk_mut);
-            if let Some(field) = field {
-                // Both are at most the total.
-                let offset = u64::from(u32::from_le_bytes(*field)).saturating_add(data_start);
-                *field = u32::try_from(offset).map_err(|_| WriteError::TooLarge)?.to_le_bytes();
-            }
-        }
+        self.private.place(&mut self.directives, data_start)?;
+        self.shared.place(&mut self.directives, shared_start)?;
 
         let sections = [&self.platforms, &self.initialization, &self.directives];
         let mut header = defs::IGVM_FIXED_HEADER_V2 {
@@ -160,7 +192,7 @@ impl<'a> Writer<'a> {
             out.write_all(section)?;
         }
         write_padding(&mut out, fixed.saturating_add(headers))?;
-        for content in &self.data {
+        for content in self.private.contents.iter().chain(&self.shared.contents) {
             out.write_all(content)?;
             write_padding(&mut out, content.len())?;
         }
@@ -169,7 +201,9 @@ impl<'a> Writer<'a> {
     }
 
     fn pages(&mut self, mask: u32, run: &PageRun<'a>) -> Result<(), WriteError> {
-        let first = self.content(run.gpa, run.pages, &run.content)?;
+        check_content(run.gpa, run.pages, &run.content)?;
+        let data = if run.kind == PageKind::Shared { &mut self.shared } else { &mut self.private };
+        let first = data.add(Cow::Borrowed(run.content.bytes));
         let with_data = run.content.bytes.len().div_ceil(PAGE) as u64;
         let (flags, data_type) = page_type(run.kind);
         for page in 0..run.pages {
@@ -185,7 +219,7 @@ impl<'a> Writer<'a> {
             let start = append(&mut self.directives, Type::IGVM_VHT_PAGE_DATA, &header);
             if page < with_data {
                 let field = start.saturating_add(std::mem::offset_of!(defs::IGVM_VHS_PAGE_DATA, file_offset));
-                self.set_offset(field, first.saturating_add(offset))?;
+                data.refer(&mut self.directives, field, first.saturating_add(offset))?;
             }
         }
         Ok(())
@@ -195,10 +229,11 @@ impl<'a> Writer<'a> {
         let index = self.areas;
         self.areas = self.areas.saturating_add(1);
         // The initial content is all of the area, or nothing.
-        let first = self.content(area.gpa, area.pages, &area.initial)?;
+        check_content(area.gpa, area.pages, &area.initial)?;
+        let first = self.private.add(Cow::Borrowed(area.initial.bytes));
         let missing = (area.pages as usize).saturating_mul(PAGE).saturating_sub(area.initial.bytes.len());
         if !area.initial.bytes.is_empty() && missing >= PAGE {
-            self.add(Cow::Owned(vec![0; missing.saturating_sub(missing % PAGE)]));
+            self.private.add(Cow::Owned(vec![0; missing.saturating_sub(missing % PAGE)]));
         }
         let header = defs::IGVM_VHS_PARAMETER_AREA {
             number_of_bytes: area.length(),
@@ -209,7 +244,7 @@ impl<'a> Writer<'a> {
         if !area.initial.bytes.is_empty() {
             let field =
                 start.saturating_add(std::mem::offset_of!(defs::IGVM_VHS_PARAMETER_AREA, file_offset));
-            self.set_offset(field, first)?;
+            self.private.refer(&mut self.directives, field, first)?;
         }
         for value in &area.values {
             let header = defs::IGVM_VHS_PARAMETER { parameter_area_index: index, byte_offset: value.offset };
@@ -234,7 +269,7 @@ impl<'a> Writer<'a> {
                 (0, padded(&defs::IgvmVpContextAArch64Cca { x0, x1, x2, x3, x4, x5, x6, x7, pc, flags }))
             }
         };
-        let offset = self.add(page);
+        let offset = self.private.add(page);
         let header = defs::IGVM_VHS_VP_CONTEXT {
             gpa: gpa.into(),
             compatibility_mask: mask,
@@ -244,7 +279,7 @@ impl<'a> Writer<'a> {
         };
         let start = append(&mut self.directives, Type::IGVM_VHT_VP_CONTEXT, &header);
         let field = start.saturating_add(std::mem::offset_of!(defs::IGVM_VHS_VP_CONTEXT, file_offset));
-        self.set_offset(field, offset)
+        self.private.refer(&mut self.directives, field, offset)
     }
 
     fn required_memory(&mut self, mask: u32, gpa: u64, length: u64) -> Result<(), WriteError> {
@@ -259,33 +294,14 @@ impl<'a> Writer<'a> {
         append(&mut self.directives, Type::IGVM_VHT_REQUIRED_MEMORY, &header);
         Ok(())
     }
+}
 
-    /// Takes the content of `pages` pages. Returns where it begins in the file data.
-    fn content(&mut self, gpa: u64, pages: u64, content: &Content<'a>) -> Result<u64, WriteError> {
-        let length = content.bytes.len();
-        if length as u64 > pages.saturating_mul(PAGE_SIZE) {
-            return Err(WriteError::Content { gpa, pages, length });
-        }
-        Ok(self.add(Cow::Borrowed(content.bytes)))
+fn check_content(gpa: u64, pages: u64, content: &Content<'_>) -> Result<(), WriteError> {
+    let length = content.bytes.len();
+    if length as u64 > pages.saturating_mul(PAGE_SIZE) {
+        return Err(WriteError::Content { gpa, pages, length });
     }
-
-    /// Takes `bytes` into the file data. Returns where they begin in them.
-    fn add(&mut self, bytes: Cow<'a, [u8]>) -> u64 {
-        let start = self.data_length;
-        self.data_length = start.saturating_add(bytes.len().next_multiple_of(PAGE) as u64);
-        self.data.push(bytes);
-        start
-    }
-
-    /// Lets the field at `position` of the directives say where `offset` of the file data is.
-    fn set_offset(&mut self, position: usize, offset: u64) -> Result<(), WriteError> {
-        let offset = u32::try_from(offset).map_err(|_| WriteError::TooLarge)?;
-        if let Some(field) = self.directives.get_mut(position..).and_then(<[u8]>::first_chunk_mut) {
-            *field = offset.to_le_bytes();
-        }
-        self.offsets.push(position);
-        Ok(())
-    }
+    Ok(())
 }
 
 /// Appends a variable header. Returns the position of its content.

@@ -3,6 +3,7 @@
 //! Whatever an image is made of, it reaches its three sinks (the live domain,
 //! an image file, a launch digest) through one trait, [`importer::Importer`].
 
+pub mod compose;
 pub mod importer;
 pub mod manifest;
 #[cfg(test)]

@@ -63,27 +63,36 @@ pub enum WalkError<E> {
     },
 }
 
-/// Where a header stands in an image file.
+/// Where an item comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// Number of the header, from 0.
-    pub index: u32,
-    /// Where it begins in the file, bytes.
-    pub offset: u64,
-    /// Its type.
-    pub header_type: u32,
+pub enum Place {
+    /// A header of an image file.
+    Header {
+        /// Number of the header, from 0.
+        index: u32,
+        /// Where it begins in the file, bytes.
+        offset: u64,
+        /// Its type.
+        header_type: u32,
+    },
+    /// An image that is in no file: what the item is.
+    Composed(&'static str),
 }
 
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { index, offset, header_type } = *self;
-        write!(f, "header {index} at file offset {offset:#x} ({})", header_name(header_type))
+        match *self {
+            Self::Header { index, offset, header_type } => {
+                write!(f, "header {index} at file offset {offset:#x} ({})", header_name(header_type))
+            }
+            Self::Composed(name) => f.write_str(name),
+        }
     }
 }
 
 impl Place {
     fn of(entry: &Entry<'_>) -> Self {
-        Self { index: entry.index, offset: entry.offset, header_type: entry.header_type }
+        Self::Header { index: entry.index, offset: entry.offset, header_type: entry.header_type }
     }
 }
 
@@ -99,25 +108,35 @@ pub fn walk<'a, I: Importer<'a>>(
     selection: Selection,
     importer: &mut I,
 ) -> Result<(), WalkError<I::Error>> {
-    let chosen: Vec<&PlatformInfo> = image
-        .platforms()
-        .iter()
-        .filter(|info| selection == Selection::All || selection == Selection::One(info.platform))
-        .collect();
-    if let (Selection::One(wanted), true) = (selection, chosen.is_empty()) {
-        let has = image.platforms().iter().map(|info| info.platform).collect();
-        return Err(WalkError::NoPlatform { wanted, has });
-    }
-    let mut mask = 0;
-    for info in chosen {
-        mask |= info.mask;
-        importer.platform(info).map_err(|source| WalkError::Platform { platform: info.platform, source })?;
-    }
+    let mask = begin(image.platforms(), selection, importer)?;
     let mut walk = Walk { file: image.file(), mask, importer, pending: None, areas: BTreeMap::new() };
     for entry in image.headers() {
         walk.entry(&entry.map_err(WalkError::Changed)?)?;
     }
     walk.flush()
+}
+
+/// Tells `importer` of the platforms among `all` that `selection` names. Returns their mask.
+pub(super) fn begin<'a, I: Importer<'a>>(
+    all: &[PlatformInfo],
+    selection: Selection,
+    importer: &mut I,
+) -> Result<u32, WalkError<I::Error>> {
+    let mut mask = 0;
+    for info in all {
+        if selection == Selection::All || selection == Selection::One(info.platform) {
+            mask |= info.mask;
+            importer
+                .platform(info)
+                .map_err(|source| WalkError::Platform { platform: info.platform, source })?;
+        }
+    }
+    match selection {
+        Selection::One(wanted) if mask == 0 => {
+            Err(WalkError::NoPlatform { wanted, has: all.iter().map(|info| info.platform).collect() })
+        }
+        _ => Ok(mask),
+    }
 }
 
 /// A walk under way.
