@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
 
+use crate::actions::ActionError;
 use crate::config::{MAX_CONFIG_SIZE, MachineConfig};
 use crate::router::MAX_TIMEOUT_MS;
 use crate::status::VmStatus;
@@ -43,7 +44,7 @@ pub enum ClientError {
     /// The time is over.
     #[error("no answer within {} ms", .0.as_millis())]
     TimedOut(Duration),
-    /// The connection ended before the answer did.
+    /// The connection ended before the answer did, or the monitor answered that it is about to end.
     #[error("the monitor ended before it answered")]
     Closed,
     /// The connection broke.
@@ -189,6 +190,7 @@ fn refusal(status: u16, body: &[u8]) -> ClientError {
         fault_message: String,
     }
     let message = match serde_json::from_slice::<Fault>(body) {
+        Ok(fault) if fault.fault_message == ActionError::Stopped.to_string() => return ClientError::Closed,
         Ok(fault) => fault.fault_message,
         Err(_) if status == 503 => "the monitor has too many connections".to_owned(),
         Err(_) => format!("the monitor answered with status {status}"),

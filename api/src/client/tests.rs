@@ -97,6 +97,9 @@ fn a_refusal_says_what_the_monitor_said() {
     let error = Monitor::error(&answer);
     assert!(matches!(&error, ClientError::Refused { status: 400, .. }), "{error:?}");
     assert_eq!(error.to_string(), "not now");
+    let fault = r#"{"fault_message": "The domain has stopped."}"#;
+    let answer = format!("HTTP/1.1 400 Bad Request\r\ncontent-length: {}\r\n\r\n{fault}", fault.len());
+    assert!(matches!(Monitor::error(&answer), ClientError::Closed));
     let busy = Monitor::error("HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n");
     assert_eq!(busy.to_string(), "the monitor has too many connections");
     let other = Monitor::error("HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n");
