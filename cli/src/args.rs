@@ -11,6 +11,7 @@ use cofferdam_api::config::{
 use cofferdam_api::validate::{ConfigError, VCPU_COUNT, check_id};
 
 use crate::drive::DriveArg;
+use crate::run_dir;
 use crate::units::{parse_size, parse_time};
 
 /// Runs each workload in a virtual machine of its own.
@@ -22,21 +23,138 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// `cofferdam run` by itself.
+#[derive(Debug, Parser)]
+#[command(name = "cofferdam-run", bin_name = "cofferdam run", version, about = RUN_ABOUT)]
+struct RunOnly {
+    #[command(flatten)]
+    args: RunArgs,
+}
+
+const RUN_ABOUT: &str = "Start a domain, show its console, and wait until it ends";
+
+/// Understands the command line of this process. A start is what people wait for, so `run` is tried without the
+/// definitions of all other commands: building them would cost a start some 50 µs.
+pub fn parse() -> Result<Command, clap::Error> {
+    let mut words = std::env::args_os().skip(1).peekable();
+    if words.peek().is_some_and(|word| word == "run") {
+        return RunOnly::try_parse_from(words).map(|run| Command::Run(Box::new(run.args)));
+    }
+    Cli::try_parse().map(|cli| cli.command)
+}
+
 const TOP_EXAMPLES: &str = "\
 Examples:
   cofferdam host check                     What can this machine do?
   cofferdam run --kernel vmlinuz --initrd initrd.img
                                            Boot a Linux kernel, its console on this terminal
+  cofferdam run --detach ... ; cofferdam ps
+                                           In the background; what runs?
   cofferdam run --help                     All options, more examples, exit codes";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Start a domain, show its console, and wait until it ends
+    #[command(about = RUN_ABOUT)]
     Run(Box<RunArgs>),
+    /// List the domains that run
+    Ps(PsArgs),
+    /// Print all that is known of a domain, as JSON
+    Inspect(Target),
+    /// Print what a domain has printed on its console
+    Logs(LogsArgs),
+    /// Press the power button of a domain, and wait for its end
+    Stop(StopArgs),
+    /// Hold the CPUs of a domain
+    Pause(Target),
+    /// Let the CPUs of a paused domain run again
+    Resume(Target),
+    /// Wait until a domain ends, and exit with its exit code
+    Wait(WaitArgs),
     /// Questions about this machine
     #[command(subcommand)]
     Host(HostCommand),
+}
+
+/// Where domains are found.
+#[derive(Debug, Args)]
+pub struct Place {
+    /// The run directory [default: $COFFERDAM_RUN_DIR, else /run/cofferdam for root, $XDG_RUNTIME_DIR/cofferdam for
+    /// others, /tmp/cofferdam-<user id> without that]
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+}
+
+impl Place {
+    /// The path of the run directory.
+    pub fn path(&self) -> PathBuf {
+        run_dir::locate(self.run_dir.as_deref())
+    }
+}
+
+/// A domain that runs.
+#[derive(Debug, Args)]
+#[command(after_help = CONTROL_CODES)]
+pub struct Target {
+    /// Name of the domain, as `cofferdam ps` shows it
+    pub id: String,
+    /// Where to look for it.
+    #[command(flatten)]
+    pub place: Place,
+}
+
+const CONTROL_CODES: &str = "Exit code: 0 if it is done, 124 if the monitor refuses or does not answer, 125 if \
+there is no such domain.";
+
+/// `cofferdam ps`.
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// Print one JSON array: an object per domain
+    #[arg(long)]
+    pub json: bool,
+    /// Where to look.
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// `cofferdam logs`.
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// Go on until the domain ends
+    #[arg(short, long)]
+    pub follow: bool,
+    /// What the monitor had to say instead; kept for domains started with --detach
+    #[arg(long)]
+    pub monitor: bool,
+    /// Which domain.
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `cofferdam stop`.
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// Time that the domain has to power off before it is stopped hard, 0 for at once [default: its --stop-timeout]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub timeout: Option<Duration>,
+    /// Which domain.
+    #[command(flatten)]
+    pub target: Target,
+}
+
+const WAIT_CODES: &str = "Exit code: as that of `cofferdam run`; 124 also if the monitor ends without a word or does \
+not answer, 125 also if there is no such domain.";
+
+/// `cofferdam wait`.
+#[derive(Debug, Args)]
+#[command(after_help = WAIT_CODES)]
+pub struct WaitArgs {
+    /// Print the end as one line of JSON, as `cofferdam run --json` does
+    #[arg(long)]
+    pub json: bool,
+    /// Which domain.
+    #[command(flatten)]
+    pub target: Target,
 }
 
 /// The commands about the host.
@@ -120,6 +238,9 @@ pub struct RunArgs {
     /// Name of the domain [default: domain-<process id>]
     #[arg(long, value_name = "NAME")]
     pub id: Option<String>,
+    /// Return when the domain runs, and print its name; `cofferdam logs` shows its console
+    #[arg(short, long, conflicts_with = "json")]
+    pub detach: bool,
     /// Time between a press of the power button and a hard stop: 10s, 500ms, 2m
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
     pub stop_timeout: Duration,
@@ -129,6 +250,9 @@ pub struct RunArgs {
     /// End standard output with one line of JSON: how the domain ended
     #[arg(long)]
     pub json: bool,
+    /// Where the domain is entered while it runs.
+    #[command(flatten)]
+    pub place: Place,
 }
 
 /// Where the console goes.
@@ -252,11 +376,11 @@ impl RunArgs {
         }
     }
 
-    /// Name of the domain.
-    pub fn domain_id(&self) -> Result<String, String> {
+    /// Name of the domain that the process of this id runs.
+    pub fn domain_id(&self, process: u32) -> Result<String, String> {
         match &self.id {
             Some(id) => check_id("--id", id).map(|()| id.clone()).map_err(|error| error.to_string()),
-            None => Ok(format!("domain-{}", std::process::id())),
+            None => Ok(format!("domain-{process}")),
         }
     }
 }
@@ -324,7 +448,7 @@ mod tests {
         let words = ["cofferdam", "run", "--kernel", "k"].iter().chain(extra);
         match Cli::try_parse_from(words)?.command {
             Command::Run(args) => Ok(args),
-            Command::Host(_) => unreachable!("the command line says run"),
+            _ => unreachable!("the command line says run"),
         }
     }
 
@@ -338,6 +462,29 @@ mod tests {
     }
 
     #[test]
+    fn run_by_itself_is_the_command_run() {
+        RunOnly::command().debug_assert();
+        let mut cli = Cli::command();
+        cli.build();
+        let mut within = cli.find_subcommand_mut("run").unwrap().clone();
+        let mut alone = RunOnly::command();
+        assert_eq!(within.render_long_help().to_string(), alone.render_long_help().to_string());
+        assert_eq!(within.render_version(), alone.render_version());
+        let words =
+            |first: &'static [&str]| first.iter().copied().chain(["run", "--kernel", "k", "--cpus", "x"]);
+        assert_eq!(
+            Cli::try_parse_from(words(&["cofferdam"])).unwrap_err().to_string(),
+            RunOnly::try_parse_from(words(&[])).unwrap_err().to_string()
+        );
+        for bad in [&["run"][..], &["run", "--kernel", "k", "--no"]] {
+            assert_eq!(
+                Cli::try_parse_from(["cofferdam"].iter().chain(bad)).unwrap_err().to_string(),
+                RunOnly::try_parse_from(bad).unwrap_err().to_string()
+            );
+        }
+    }
+
+    #[test]
     fn defaults() {
         let config = config(&[]).unwrap();
         assert_eq!(config.machine, MachineConfig { vcpu_count: 1, mem_size_mib: 128 });
@@ -348,7 +495,7 @@ mod tests {
         assert_eq!(config.serial, Serial::default());
         assert_eq!(config.confidential.platform, PlatformChoice::Auto);
         assert_eq!(config.stop_timeout_ms, 10_000);
-        assert_eq!(run_args(&[]).unwrap().domain_id().unwrap(), format!("domain-{}", std::process::id()));
+        assert_eq!(run_args(&[]).unwrap().domain_id(7).unwrap(), "domain-7");
     }
 
     #[test]
@@ -443,7 +590,7 @@ mod tests {
         }
         let too_many = ["--drive", "path=a"].repeat(65);
         assert!(config(&too_many).unwrap_err().starts_with("--drive: 65 devices"));
-        let id = |id| run_args(&["--id", id]).unwrap().domain_id();
+        let id = |id| run_args(&["--id", id]).unwrap().domain_id(7);
         assert_eq!(id("web-1").unwrap(), "web-1");
         assert!(id("a/b").unwrap_err().starts_with("--id: "));
     }

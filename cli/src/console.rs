@@ -1,6 +1,4 @@
-//! The two directions of a console that does not go straight from the monitor
-//! to our own standard streams: what is typed on a terminal, and what is shown
-//! where a line of JSON must follow it.
+//! The two directions of a console: what is typed on a terminal, and what is shown and kept.
 
 use std::collections::VecDeque;
 use std::io;
@@ -8,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::{Errno, read, write};
 
+use crate::kept::LogWriter;
 use crate::terminal::Escape;
 
 /// Most that is kept of what is typed faster than the guest reads, bytes. What
@@ -86,12 +85,17 @@ impl Keyboard {
     }
 }
 
-/// The monitor's standard output to ours, byte for byte.
+/// The monitor's standard output to ours, byte for byte, and to a log.
 pub struct Screen {
-    /// From the monitor; `None` at its end, or when nobody reads ours.
+    /// From the monitor; `None` at its end.
     pipe: Option<OwnedFd>,
+    log: Option<LogWriter>,
+    /// Whether our standard output takes it; what it does not take is dropped.
+    shows: bool,
     bytes: Vec<u8>,
     shown: usize,
+    /// Bytes that standard output did not take, once it has failed.
+    lost: Option<usize>,
     last: Option<u8>,
 }
 
@@ -99,11 +103,14 @@ pub struct Screen {
 const CHUNK: usize = 16 * 1024;
 /// Most that is written at once, bytes: a pipe that polls as writable takes `PIPE_BUF` without blocking.
 const PIECE: usize = 4096;
+/// Most that is taken from a monitor that has ended, bytes; a pipe holds less, unless somebody made it larger.
+const MAX_REST: usize = 1 << 20;
 
 impl Screen {
-    /// Reads from `pipe`, which must not block.
-    pub fn new(pipe: OwnedFd) -> Self {
-        Self { pipe: Some(pipe), bytes: Vec::with_capacity(CHUNK), shown: 0, last: None }
+    /// Reads from `pipe`, which must not block; `shows` tells whether standard output is to have it.
+    pub fn new(pipe: OwnedFd, log: Option<LogWriter>, shows: bool) -> Self {
+        let bytes = Vec::with_capacity(CHUNK);
+        Self { pipe: Some(pipe), log, shows, bytes, shown: 0, lost: None, last: None }
     }
 
     /// Whether bytes wait to be shown.
@@ -121,26 +128,51 @@ impl Screen {
         self.last.is_some_and(|byte| byte != b'\n')
     }
 
-    /// Takes what the monitor has written; false if there is nothing (any more).
-    pub fn read(&mut self) -> bool {
-        let Some(pipe) = &self.pipe else { return false };
-        self.shown = 0;
-        self.bytes.resize(CHUNK, 0);
-        let result = read(pipe, &mut self.bytes);
-        self.bytes.truncate(result.unwrap_or(0));
-        match result {
-            Ok(1..) | Err(Errno::INTR) => true,
-            Err(Errno::AGAIN) => false,
-            Ok(0) | Err(_) => {
-                self.pipe = None;
-                false
-            }
-        }
+    /// Bytes that standard output did not take, if it has failed.
+    pub fn lost(&self) -> Option<usize> {
+        self.lost
     }
 
-    /// Shows a piece. If nobody reads our standard output the pipe is closed,
-    /// and the monitor learns of it as if it had written there itself.
-    pub fn write(&mut self) {
+    /// Takes what the monitor has written when all before it is shown.
+    pub fn read(&mut self) -> io::Result<()> {
+        self.bytes.clear();
+        self.shown = 0;
+        self.take().map(drop)
+    }
+
+    /// Takes all that a monitor which has ended has written.
+    pub fn read_rest(&mut self) -> io::Result<()> {
+        while self.bytes.len() < MAX_REST && self.take()? {}
+        Ok(())
+    }
+
+    /// Adds what the monitor has written to that which waits to be shown, and to the log; false if there is nothing
+    /// (any more). An error is one of the log, which gets nothing more then.
+    fn take(&mut self) -> io::Result<bool> {
+        let Some(pipe) = &self.pipe else { return Ok(false) };
+        let start = self.bytes.len();
+        self.bytes.resize(start.saturating_add(CHUNK), 0);
+        let result = read(pipe, self.bytes.get_mut(start..).unwrap_or_default());
+        self.bytes.truncate(start.saturating_add(result.unwrap_or(0)));
+        match result {
+            Ok(1..) => {}
+            Err(Errno::INTR) => return Ok(true),
+            Err(Errno::AGAIN) => return Ok(false),
+            Ok(0) | Err(_) => {
+                self.pipe = None;
+                return Ok(false);
+            }
+        }
+        let taken = self.bytes.get(start..).unwrap_or_default();
+        let kept = self.log.as_mut().map_or(Ok(()), |log| log.write(taken));
+        if !self.shows {
+            self.lose();
+        }
+        kept.map(|()| true).inspect_err(|_| self.log = None)
+    }
+
+    /// Shows a piece. An error says why standard output takes nothing any more.
+    pub fn write(&mut self) -> io::Result<()> {
         let pending = self.bytes.get(self.shown..).unwrap_or_default();
         let piece = pending.get(..PIECE).unwrap_or(pending);
         match write(io::stdout(), piece) {
@@ -149,11 +181,69 @@ impl Screen {
                 self.last = self.shown.checked_sub(1).and_then(|at| self.bytes.get(at)).copied();
             }
             Err(Errno::INTR | Errno::AGAIN) => {}
-            Err(_) => {
-                self.pipe = None;
-                self.bytes.clear();
-                self.shown = 0;
+            Err(error) => {
+                self.shows = false;
+                self.lost = Some(0);
+                self.lose();
+                return Err(error.into());
             }
+        }
+        Ok(())
+    }
+
+    fn lose(&mut self) {
+        let pending = self.bytes.len().saturating_sub(self.shown);
+        self.lost = self.lost.map(|lost| lost.saturating_add(pending));
+        self.bytes.clear();
+        self.shown = 0;
+    }
+}
+
+/// What the monitor of a domain in the background has to say: its standard error, to a log.
+pub struct Messages {
+    /// From the monitor; `None` at its end.
+    pipe: Option<OwnedFd>,
+    log: Option<LogWriter>,
+}
+
+impl Messages {
+    /// Reads from `pipe`, which must not block.
+    pub fn new(pipe: OwnedFd, log: Option<LogWriter>) -> Self {
+        Self { pipe: Some(pipe), log }
+    }
+
+    /// The pipe, while it may have more.
+    pub fn waits_for(&self) -> Option<BorrowedFd<'_>> {
+        self.pipe.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Takes what the monitor has written; false if there is nothing (any more). A log that cannot be written is nobody's
+    /// end.
+    pub fn read(&mut self) -> bool {
+        let Some(pipe) = &self.pipe else { return false };
+        let mut bytes = [0; PIECE];
+        match read(pipe, &mut bytes) {
+            Ok(count @ 1..) => {
+                self.keep(bytes.get(..count).unwrap_or_default());
+                true
+            }
+            Err(Errno::INTR) => true,
+            Err(Errno::AGAIN) => false,
+            Ok(0) | Err(_) => {
+                self.pipe = None;
+                false
+            }
+        }
+    }
+
+    /// Adds a line of our own.
+    pub fn note(&mut self, line: &str) {
+        self.keep(format!("{line}\n").as_bytes());
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        if let Some(log) = &mut self.log {
+            let _ = log.write(bytes);
         }
     }
 }

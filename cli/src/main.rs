@@ -3,10 +3,18 @@
 
 mod args;
 mod console;
+mod control;
+mod detach;
 mod drive;
 mod host_check;
+mod inspect;
+mod kept;
+mod logs;
 mod monitor;
+mod ps;
+mod record;
 mod run;
+mod run_dir;
 mod say;
 mod signals;
 mod status;
@@ -17,10 +25,9 @@ mod units;
 use std::env;
 use std::process::ExitCode;
 
-use clap::Parser;
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::args::{Cli, Command, HostCommand};
+use crate::args::{Command, HostCommand};
 
 /// Exit code of a command line that cannot be understood: that of a bad configuration.
 const BAD_USAGE: u8 = 125;
@@ -28,9 +35,16 @@ const BAD_USAGE: u8 = 125;
 fn main() -> ExitCode {
     let start_time_us = monotonic_us();
     signals::ignore_limits();
-    let code = match Cli::try_parse() {
-        Ok(cli) => match cli.command {
+    let code = match args::parse() {
+        Ok(command) => match command {
             Command::Run(args) => run::run(&args, start_time_us),
+            Command::Ps(args) => ps::ps(&args),
+            Command::Inspect(target) => inspect::inspect(&target),
+            Command::Logs(args) => logs::logs(&args),
+            Command::Stop(args) => control::stop(&args),
+            Command::Pause(target) => control::pause(&target),
+            Command::Resume(target) => control::resume(&target),
+            Command::Wait(args) => control::wait(&args),
             Command::Host(HostCommand::Check { json }) => host_check::check(json),
         },
         Err(error) => usage(&error),

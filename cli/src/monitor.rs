@@ -1,7 +1,7 @@
 //! The monitor as a child process.
 //!
-//! It gets its configuration in a memfd and reports on a pipe, both inherited
-//! by number. It stands in a process group of its own: a Ctrl-C on a terminal
+//! It gets its configuration in a memfd, serves its API on a socket and reports on a pipe, all inherited
+//! by number, and with them the lock of its entry in the run directory, which it knows nothing of. It stands in a process group of its own: a Ctrl-C on a terminal
 //! is for the command line, which passes it on as a request to stop.
 //!
 //! When the command line dies, kill -9 included, the kernel closes the reading
@@ -14,7 +14,8 @@
 use std::env;
 use std::ffi::OsString;
 use std::io::{self, Seek, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -37,10 +38,16 @@ pub struct Launch<'a> {
     pub id: &'a str,
     /// When the command line began, microseconds of CLOCK_MONOTONIC.
     pub start_time_us: u64,
+    /// Where its API is asked.
+    pub api: UnixListener,
+    /// The lock that it holds while it lives.
+    pub lock: BorrowedFd<'a>,
     /// Its standard input.
     pub stdin: Stdio,
     /// Its standard output.
     pub stdout: Stdio,
+    /// Its standard error.
+    pub stderr: Stdio,
 }
 
 /// A monitor that was started and not yet waited for.
@@ -58,6 +65,8 @@ pub struct Pipes {
     pub stdin: Option<OwnedFd>,
     /// Its standard output, if that is a pipe.
     pub stdout: Option<OwnedFd>,
+    /// Its standard error, if that is a pipe.
+    pub stderr: Option<OwnedFd>,
 }
 
 impl Monitor {
@@ -72,7 +81,9 @@ impl Monitor {
         let config = config_file(launch.config)?;
         let (status, status_writer) = pipe_with(PipeFlags::CLOEXEC)?;
         set_nonblocking(&status)?;
-        fcntl_setfd(&status_writer, FdFlags::empty())?;
+        for inherited in [status_writer.as_fd(), launch.api.as_fd(), launch.lock] {
+            fcntl_setfd(inherited, FdFlags::empty())?;
+        }
         let mut child = Command::new(program)
             .arg("--config-file")
             .arg(format!("fd:{}", config.as_raw_fd()))
@@ -81,8 +92,11 @@ impl Monitor {
             .args(["--id", launch.id])
             .arg("--start-time-us")
             .arg(launch.start_time_us.to_string())
+            .arg("--api-sock")
+            .arg(format!("fd:{}", launch.api.as_raw_fd()))
             .stdin(launch.stdin)
             .stdout(launch.stdout)
+            .stderr(launch.stderr)
             .process_group(0)
             .spawn()?;
         let monitor = pidfd(&child);
@@ -96,6 +110,11 @@ impl Monitor {
                 Err(error)
             }
         }
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends a signal. One that has ended already takes none, which is no error.
@@ -131,10 +150,11 @@ fn pidfd(child: &Child) -> io::Result<OwnedFd> {
 fn pipes(child: &mut Child, status: OwnedFd) -> io::Result<Pipes> {
     let stdin = child.stdin.take().map(OwnedFd::from);
     let stdout = child.stdout.take().map(OwnedFd::from);
-    for pipe in stdin.iter().chain(&stdout) {
+    let stderr = child.stderr.take().map(OwnedFd::from);
+    for pipe in stdin.iter().chain(&stdout).chain(&stderr) {
         set_nonblocking(pipe)?;
     }
-    Ok(Pipes { status, stdin, stdout })
+    Ok(Pipes { status, stdin, stdout, stderr })
 }
 
 fn set_nonblocking(pipe: &OwnedFd) -> io::Result<()> {

@@ -1,37 +1,53 @@
 //! `cofferdam run`: a domain from its configuration to its outcome.
 
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{self, Stdio};
 
 use cofferdam_api::config::DomainConfig;
-use cofferdam_api::status::{ExitReason, Outcome, Phases, Platform};
+use cofferdam_api::status::{Event, ExitReason, Outcome, Phases, Platform};
 
 use crate::args::{Console, RunArgs};
-use crate::console::{Keyboard, Screen};
+use crate::console::{Keyboard, Messages, Screen};
+use crate::detach::{self, Starter};
+use crate::kept::{Log, LogWriter};
 use crate::monitor::{Launch, Monitor};
-use crate::say::{Tone, say};
+use crate::run_dir::{Facts, RunDir, RunDirError};
+use crate::say::{Tone, running, say};
 use crate::signals::Signals;
 use crate::status::StatusReader;
-use crate::supervise::{Ended, GRACE, Supervisor};
+use crate::supervise::{Ended, GRACE, Supervisor, not_kept};
 use crate::terminal::{Input, RawTerminal};
 
 /// Runs a domain; `start_time_us` is when this process began. Returns the exit code.
 pub fn run(args: &RunArgs, start_time_us: u64) -> u8 {
-    let result = configure(args).and_then(|(config, id)| {
-        let ended = execute(args, &config, &id, start_time_us)?;
-        Ok((id, ended))
-    });
-    let (name, ended) = match result {
-        Ok((id, ended)) => (Some(id), ended),
-        Err(message) => (None, Ended { outcome: refused(message), in_order: true, line_is_open: false }),
-    };
+    if args.detach {
+        return detach::run(args, start_time_us);
+    }
+    let (name, ended) = to_its_end(args, start_time_us, None);
     report(name.as_deref(), &ended.outcome);
     if args.json {
         print_json(&ended.outcome, ended.line_is_open);
     }
     ended.outcome.process_exit_code()
+}
+
+/// A domain from its start to its end, and its name if it got that far. One in the background tells `starter` when it runs.
+pub fn to_its_end(
+    args: &RunArgs,
+    start_time_us: u64,
+    starter: Option<&mut Starter>,
+) -> (Option<String>, Ended) {
+    let result = configure(args).and_then(|(config, id)| {
+        let ended = execute(args, &config, &id, start_time_us, starter)?;
+        Ok((id, ended))
+    });
+    match result {
+        Ok((id, ended)) => (Some(id), ended),
+        Err(message) => (None, Ended { outcome: refused(message), in_order: true, line_is_open: false }),
+    }
 }
 
 /// The outcome of a domain that was refused before anything was started.
@@ -57,17 +73,26 @@ pub fn print_json(outcome: &Outcome, line_is_open: bool) {
 }
 
 fn configure(args: &RunArgs) -> Result<(DomainConfig, String), String> {
-    let id = args.domain_id()?;
+    let id = args.domain_id(process::id())?;
     Ok((args.domain_config()?, id))
 }
 
-fn execute(args: &RunArgs, config: &DomainConfig, id: &str, start_time_us: u64) -> Result<Ended, String> {
+fn execute(
+    args: &RunArgs,
+    config: &DomainConfig,
+    id: &str,
+    start_time_us: u64,
+    mut starter: Option<&mut Starter>,
+) -> Result<Ended, String> {
     let json = serde_json::to_vec(config)
         .map_err(|error| format!("the configuration has no form in JSON: {error}"))?;
     let socket = config.vsock.as_ref().map(|vsock| Socket::before(vsock.uds_path.clone()));
     let signals = Signals::catch().map_err(|error| format!("cannot catch signals: {error}"))?;
+    let run_dir = args.place.path();
+    let words = |error: RunDirError| error.to_string();
+    let entry = RunDir::open_or_make(&run_dir).and_then(|dir| dir.make_entry(id)).map_err(words)?;
     let on_stdio = args.console == Console::Stdio;
-    let input = if on_stdio { Input::look() } else { Input::Background };
+    let input = if on_stdio && starter.is_none() { Input::look() } else { Input::Background };
     let terminal = match input {
         Input::Terminal => {
             Some(RawTerminal::enter().map_err(|error| format!("cannot set up the terminal: {error}"))?)
@@ -80,27 +105,44 @@ fn execute(args: &RunArgs, config: &DomainConfig, id: &str, start_time_us: u64) 
         config: &json,
         id,
         start_time_us,
+        api: entry.listen().map_err(words)?,
+        lock: entry.as_fd(),
         stdin: match input {
             Input::Terminal => Stdio::piped(),
             Input::File => Stdio::inherit(),
             Input::Background => Stdio::null(),
         },
-        stdout: match (on_stdio, args.json) {
-            (true, true) => Stdio::piped(),
-            (true, false) => Stdio::inherit(),
-            (false, _) => Stdio::null(),
-        },
+        stdout: if on_stdio { Stdio::piped() } else { Stdio::null() },
+        stderr: if starter.is_some() { Stdio::piped() } else { Stdio::inherit() },
     })?;
+    // What can be done while the monitor starts is done now. Without facts `cofferdam ps` shows less.
+    let _ = entry.write_facts(Facts::now(monitor.id()));
+    let log = |log| LogWriter::new(&entry.entry().dir, log).inspect_err(|error| not_kept(error, raw)).ok();
+    let shows = starter.is_none();
+    let screen = pipes.stdout.map(|pipe| Screen::new(pipe, log(Log::Console), shows));
+    let messages = pipes.stderr.map(|pipe| Messages::new(pipe, log(Log::Monitor)));
     let supervisor = Supervisor {
         monitor,
         status: StatusReader::new(pipes.status),
         signals,
         keyboard: pipes.stdin.map(Keyboard::new),
-        screen: pipes.stdout.map(Screen::new),
+        screen,
+        messages,
+        entry: Some(entry),
+        raw,
         stop_timeout: args.stop_timeout,
         grace: GRACE,
     };
-    let ended = supervisor.run(|platform, protected| say_running(id, platform, protected, raw));
+    let ended = supervisor.run(|platform, protected| {
+        match &mut starter {
+            Some(starter) => starter.tell(&Event::Running { platform, protected }),
+            None => say_running(id, platform, protected, raw),
+        }
+        // The domain runs by now, and waits for nothing here.
+        if let Ok(Some(run_dir)) = RunDir::open(&run_dir) {
+            let _ = run_dir.sweep(id);
+        }
+    });
     // Back from raw mode, before anything is said.
     drop(terminal);
     if let (false, Some(socket)) = (ended.in_order, socket) {
@@ -109,20 +151,17 @@ fn execute(args: &RunArgs, config: &DomainConfig, id: &str, start_time_us: u64) 
     Ok(ended)
 }
 
-fn say_running(id: &str, platform: Platform, protected: bool, raw: bool) {
-    let platform = match platform {
-        Platform::Plain => "plain",
-    };
-    let (tone, protection) =
-        if protected { (Tone::Plain, "protected") } else { (Tone::Warning, "not protected") };
-    say(tone, &format!("domain {id} runs on platform {platform}: {protection}"), raw);
+/// Says that the domain runs, and how it is protected.
+pub fn say_running(id: &str, platform: Platform, protected: bool, raw: bool) {
+    let tone = if protected { Tone::Plain } else { Tone::Warning };
+    say(tone, &running(id, platform, protected), raw);
     if raw && io::stderr().is_terminal() {
         say(Tone::Plain, "Ctrl-A x stops the domain, Ctrl-A Ctrl-A sends a Ctrl-A", raw);
     }
 }
 
 /// Says how the domain ended, unless it powered itself off and found nothing wrong.
-fn report(name: Option<&str>, outcome: &Outcome) {
+pub fn report(name: Option<&str>, outcome: &Outcome) {
     let code = outcome.process_exit_code();
     let tone = match outcome.exit_reason {
         ExitReason::PowerOff if code == 0 => return,

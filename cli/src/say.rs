@@ -4,6 +4,8 @@
 use std::env;
 use std::io::{self, IsTerminal, Write};
 
+use cofferdam_api::status::Platform;
+
 /// How a message looks on a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tone {
@@ -21,6 +23,29 @@ pub fn say(tone: Tone, message: &str, raw: bool) {
     let end = if raw && io::stderr().is_terminal() { "\r\n" } else { "\n" };
     let line = format_line(tone, message, coloured(&io::stderr()));
     let _ = io::stderr().lock().write_all(format!("{line}{end}").as_bytes());
+}
+
+/// Prints what was asked for on standard output. Who closed it does not want it.
+pub fn print(text: &str) {
+    let mut stdout = io::stdout().lock();
+    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+}
+
+/// That domain `id` runs, and what that means.
+pub fn running(id: &str, platform: Platform, protected: bool) -> String {
+    format!("domain {id} runs on platform {}: {}", platform_name(platform), protection(protected))
+}
+
+/// The name of `platform`.
+pub fn platform_name(platform: Platform) -> &'static str {
+    match platform {
+        Platform::Plain => "plain",
+    }
+}
+
+/// Whether the platform protects a domain, in words.
+pub fn protection(protected: bool) -> &'static str {
+    if protected { "protected" } else { "not protected" }
 }
 
 /// Whether colours may be used on `stream`: on a terminal, unless NO_COLOR is set.

@@ -18,8 +18,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::Signal;
 
-use crate::console::{Keyboard, Screen};
+use crate::console::{Keyboard, Messages, Screen};
 use crate::monitor::Monitor;
+use crate::run_dir::OwnEntry;
+use crate::say::{Tone, running, say};
 use crate::signals::Signals;
 use crate::status::StatusReader;
 
@@ -38,6 +40,7 @@ enum Source {
     ToMonitor,
     FromMonitor,
     Shown,
+    Messages,
 }
 
 /// How urgently the monitor was asked to stop.
@@ -58,8 +61,14 @@ pub struct Supervisor {
     pub signals: Signals,
     /// What is typed, if that does not go straight to the monitor.
     pub keyboard: Option<Keyboard>,
-    /// What is shown, if that does not come straight from the monitor.
+    /// What is shown and kept, if the console is ours.
     pub screen: Option<Screen>,
+    /// What the monitor says, if that does not go straight to standard error.
+    pub messages: Option<Messages>,
+    /// The domain's entry, which is removed when the monitor has ended.
+    pub entry: Option<OwnEntry>,
+    /// Standard error is a terminal in raw mode.
+    pub raw: bool,
     /// Time that the domain has after a press of its power button.
     pub stop_timeout: Duration,
     /// What the monitor may take beyond that, and after its last word.
@@ -108,13 +117,21 @@ impl Supervisor {
             }
         };
         self.status.read(|event| progress.note(event, self.grace, &mut running));
-        self.show_the_rest();
-        let line_is_open = self.screen.as_ref().is_some_and(Screen::line_is_open);
+        self.keep_the_rest();
         let in_order = progress.outcome.is_some() && exit.as_ref().is_ok_and(|exit| exit.signal().is_none());
         let outcome = match progress.outcome.take() {
             Some(outcome) => outcome,
             None => progress.without_a_word(exit, self.status.fault()),
         };
+        // Before anything waits for whoever reads what is shown.
+        if let Some(entry) = self.entry.take() {
+            entry.end(&outcome);
+        }
+        self.show_the_rest();
+        if let Some(lost) = self.screen.as_ref().and_then(Screen::lost) {
+            say(Tone::Warning, &format!("{lost} bytes of console output were lost"), self.raw);
+        }
+        let line_is_open = self.screen.as_ref().is_some_and(Screen::line_is_open);
         Ended { outcome, in_order, line_is_open }
     }
 
@@ -145,6 +162,9 @@ impl Supervisor {
                 waits.push((Source::FromMonitor, pipe, PollFlags::IN));
             }
         }
+        if let Some(pipe) = self.messages.as_ref().and_then(Messages::waits_for) {
+            waits.push((Source::Messages, pipe, PollFlags::IN));
+        }
         wait_for(&waits, deadline)
     }
 
@@ -152,7 +172,13 @@ impl Supervisor {
         match source {
             // Waited for when everything else is served.
             Source::Monitor => {}
-            Source::Status => self.status.read(|event| progress.note(event, self.grace, running)),
+            Source::Status => {
+                let ran = progress.platform.is_some();
+                self.status.read(|event| progress.note(event, self.grace, running));
+                if let (false, Some((platform, protected))) = (ran, progress.platform) {
+                    self.note_running(platform, protected);
+                }
+            }
             Source::Signals => {
                 for _ in 0..self.signals.take() {
                     let next = if progress.stop == Stop::No { Stop::InOrder } else { Stop::AtOnce };
@@ -166,9 +192,34 @@ impl Supervisor {
             }
             Source::ToMonitor => self.keyboard.iter_mut().for_each(Keyboard::write),
             Source::FromMonitor => {
-                self.screen.as_mut().map(Screen::read);
+                let result = self.screen.as_mut().map_or(Ok(()), Screen::read);
+                self.mind_the_log(result);
             }
-            Source::Shown => self.screen.iter_mut().for_each(Screen::write),
+            Source::Shown => self.show(),
+            Source::Messages => {
+                self.messages.as_mut().map(Messages::read);
+            }
+        }
+    }
+
+    /// What a domain in the foreground says on standard error, one in the background keeps.
+    fn note_running(&mut self, platform: Platform, protected: bool) {
+        if let (Some(messages), Some(entry)) = (&mut self.messages, &self.entry) {
+            messages.note(&running(&entry.entry().id, platform, protected));
+        }
+    }
+
+    /// Shows a piece of what waits to be shown.
+    fn show(&mut self) {
+        if let Some(Err(error)) = self.screen.as_mut().map(Screen::write) {
+            let message = format!("cannot write console output; it is dropped from here on: {error}");
+            say(Tone::Warning, &message, self.raw);
+        }
+    }
+
+    fn mind_the_log(&self, result: io::Result<()>) {
+        if let Err(error) = result {
+            not_kept(&error, self.raw);
         }
     }
 
@@ -196,28 +247,36 @@ impl Supervisor {
         }
     }
 
-    /// Shows what a monitor that has ended left in the pipe, unless someone who
-    /// does not read it makes us wait and a signal ends that.
+    /// Takes what a monitor that has ended left in its pipes.
+    fn keep_the_rest(&mut self) {
+        // The second call goes on where an error of the log ended the first.
+        for _ in 0..2 {
+            let result = self.screen.as_mut().map_or(Ok(()), Screen::read_rest);
+            self.mind_the_log(result);
+        }
+        while self.messages.as_mut().is_some_and(Messages::read) {}
+    }
+
+    /// Shows what waits to be shown, unless someone who does not read it makes us wait and a signal ends that.
     fn show_the_rest(&mut self) {
-        let Some(screen) = &mut self.screen else { return };
         let stdout = io::stdout();
-        loop {
-            while screen.is_pending() {
-                let signals = (Source::Signals, self.signals.as_fd(), PollFlags::IN);
-                let shown = (Source::Shown, stdout.as_fd(), PollFlags::OUT);
-                let ready = wait_for(&[signals, shown], None);
-                if ready.contains(&Source::Signals) {
-                    return;
-                }
-                if ready.contains(&Source::Shown) {
-                    screen.write();
-                }
-            }
-            if !screen.read() {
+        while self.screen.as_ref().is_some_and(Screen::is_pending) {
+            let signals = (Source::Signals, self.signals.as_fd(), PollFlags::IN);
+            let shown = (Source::Shown, stdout.as_fd(), PollFlags::OUT);
+            let ready = wait_for(&[signals, shown], None);
+            if ready.contains(&Source::Signals) {
                 return;
+            }
+            if ready.contains(&Source::Shown) {
+                self.show();
             }
         }
     }
+}
+
+/// Says that there is no (more) log, which is no reason to end a domain.
+pub fn not_kept(error: &io::Error, raw: bool) {
+    say(Tone::Warning, &format!("cannot keep what `cofferdam logs` shows: {error}"), raw);
 }
 
 impl Progress {
@@ -314,7 +373,9 @@ fn wait_for(waits: &[(Source, BorrowedFd<'_>, PollFlags)], deadline: Option<Inst
 mod tests {
     use super::*;
     use crate::monitor::Launch;
+    use std::fs::File;
     use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
     use std::process::{Command, Stdio};
 
     const RUNNING: &str = r#"echo '{"event":"running","platform":"plain","protected":false}' > $status"#;
@@ -337,17 +398,22 @@ mod tests {
             config: b"{}",
             id: "d",
             start_time_us: 0,
+            api: UnixListener::bind(folder.path().join("api")).unwrap(),
+            lock: File::open("/dev/null").unwrap().as_fd(),
             stdin: Stdio::null(),
             stdout: Stdio::null(),
+            stderr: Stdio::inherit(),
         })
         .unwrap();
         let (signals, pipe) = Signals::none();
         rustix::io::write(&pipe, &[1, 1][..at_once]).unwrap();
         let (status, grace) = (StatusReader::new(pipes.status), Duration::from_millis(100));
         let (keyboard, screen, stop_timeout) = (None, None, Duration::from_millis(1));
-        Supervisor { monitor, status, signals, keyboard, screen, stop_timeout, grace }.run(|_, _| {
-            rustix::io::write(&pipe, &[1, 1][..ask]).unwrap();
-        })
+        let (messages, entry, raw) = (None, None, false);
+        Supervisor { monitor, status, signals, keyboard, screen, messages, entry, raw, stop_timeout, grace }
+            .run(|_, _| {
+                rustix::io::write(&pipe, &[1, 1][..ask]).unwrap();
+            })
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests fail by panicking
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
@@ -54,7 +55,7 @@ impl Case {
     fn command(&self, extra: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam"));
         command.args(["run", "--kernel", "vmlinux", "--vmm", "./vmm", "--id", "d"]).args(extra);
-        command.current_dir(self.folder.path()).stdin(Stdio::null());
+        command.current_dir(self.folder.path()).env("COFFERDAM_RUN_DIR", "run").stdin(Stdio::null());
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
@@ -114,12 +115,12 @@ fn the_monitor_gets_its_configuration_by_descriptor() {
     assert_eq!(config["vsock"]["uds_path"], "v.sock");
     let args = case.file("args");
     let words: Vec<&str> = args.split_whitespace().collect();
-    let [_, config, _, status, _, id, _, start] = words[..] else { panic!("{args}") };
+    let [_, config, _, status, _, id, _, start, _, api] = words[..] else { panic!("{args}") };
     assert_eq!(
-        [words[0], words[2], words[4], words[6]],
-        ["--config-file", "--status-file", "--id", "--start-time-us"]
+        [words[0], words[2], words[4], words[6], words[8]],
+        ["--config-file", "--status-file", "--id", "--start-time-us", "--api-sock"]
     );
-    assert!(config.starts_with("fd:") && status.starts_with("fd:") && id == "d", "{args}");
+    assert!([config, status, api].iter().all(|word| word.starts_with("fd:")) && id == "d", "{args}");
     assert!(start.parse::<u64>().unwrap() > 0);
 }
 
@@ -294,6 +295,93 @@ fn a_monitor_learns_that_the_command_line_was_killed() {
     while !gone.exists() {
         assert!(Instant::now() < deadline, "the monitor still writes its report");
         std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn the_background_has_no_terminal_and_keeps_what_is_said() {
+    let case = Case::new(&[
+        "cut -d ' ' -f 6 /proc/$PPID/stat > session",
+        "echo $PPID > command",
+        "cat > input",
+        "echo from the monitor >&2",
+        "echo from the guest",
+        RUNNING,
+        "while [ ! -e go ]; do sleep 0.05; done",
+        &stopped("power_off", "5", "off"),
+    ]);
+    let output = case.run(&["--detach"]);
+    assert_eq!((output.status.code(), &output.stdout[..]), (Some(0), &b"d\n"[..]), "{}", stderr(&output));
+    assert_eq!(stderr(&output), "cofferdam: domain d runs on platform plain: not protected\n");
+    assert_eq!(case.file("session"), case.file("command"), "a session of its own");
+    assert_eq!(case.file("input"), "");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    // In either order.
+    let said = || case.file("run/d/monitor.log").lines().map(str::to_owned).collect::<BTreeSet<String>>();
+    let expected = ["from the monitor", "domain d runs on platform plain: not protected"].map(str::to_owned);
+    while said() != BTreeSet::from(expected.clone()) {
+        assert!(Instant::now() < deadline, "{}", case.file("run/d/monitor.log"));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(case.file("run/d/console.log"), "from the guest\n");
+    fs::write(case.folder.path().join("go"), "").unwrap();
+    while case.folder.path().join("run/d").exists() {
+        assert!(Instant::now() < deadline, "the entry is still there");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let end: Value = serde_json::from_str(&case.file("run/.ended/d")).unwrap();
+    assert_eq!(end["exit_code"], 5);
+}
+
+#[test]
+fn a_background_that_nobody_waits_for_stops_its_domain() {
+    let on_term = format!(
+        "trap \"touch asked; {}; exit\" TERM",
+        stopped("stopped", "null", "asked").replace('"', "\\\"")
+    );
+    let case = Case::new(&[
+        &on_term,
+        "touch started",
+        "while [ ! -e go ]; do sleep 0.05; done",
+        RUNNING,
+        "while :; do sleep 0.05; done",
+    ]);
+    let path = |name: &str| case.folder.path().join(name);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let wait_for = |done: &dyn Fn() -> bool| {
+        while !done() {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    let mut child = case.command(&["--detach"]).spawn().unwrap();
+    wait_for(&|| path("started").exists());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    fs::write(path("go"), "").unwrap();
+    wait_for(&|| path("asked").exists() && !path("run/d").exists());
+}
+
+#[test]
+fn a_background_that_is_killed_is_told() {
+    let case = Case::new(&["kill -9 $PPID", "exec sleep 1"]);
+    let output = case.run(&["--detach"]);
+    assert_eq!((output.status.code(), &output.stdout[..]), (Some(124), &b""[..]));
+    assert!(stderr(&output).contains("the process in the background has ended"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_run_directory_that_cannot_be_had_starts_nothing() {
+    let case = Case::new(&["true"]);
+    for (place, part) in
+        [("missing/run", "cannot make missing/run: No such file"), ("vmm", "cannot open vmm")]
+    {
+        let output = case.run(&["--json", "--run-dir", place]);
+        assert_eq!(output.status.code(), Some(125));
+        let (object, _) = json(&output);
+        assert_eq!(object["exit_reason"], "config");
+        assert!(object["message"].as_str().unwrap().contains(part), "{object}");
+        assert!(!case.folder.path().join("args").exists(), "a monitor was started");
     }
 }
 

@@ -28,6 +28,11 @@ pub fn cofferdam() -> PathBuf {
     shipped("cofferdam")
 }
 
+/// The run directory of the domains that tests start: not that of the machine, which others use.
+pub fn run_dir() -> PathBuf {
+    env::temp_dir().join(format!("cofferdam-tests-{}", rustix::process::geteuid().as_raw()))
+}
+
 /// The monitor, as shipped.
 pub fn monitor() -> PathBuf {
     shipped("cofferdam-vmm")

@@ -56,6 +56,7 @@ impl Run {
         let mut words = self.wrapper.into_iter().chain([place::cofferdam().into()]).chain(self.arguments);
         let mut child = Command::new(words.next().expect("there is the command at least"))
             .args(words)
+            .env("COFFERDAM_RUN_DIR", place::run_dir())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

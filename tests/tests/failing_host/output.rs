@@ -12,6 +12,7 @@ fn chatter(wrapper: &str, more: &[&str]) -> Command {
     let mut command = Command::new("sh");
     command.args(["-c", wrapper, "sh"]).arg(place::cofferdam());
     command.args(["run", "--memory", "32M", "--kernel"]).arg(place::payload("chatter"));
+    command.env("COFFERDAM_RUN_DIR", place::run_dir());
     command.args(more).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
@@ -39,7 +40,7 @@ fn a_full_disk_is_told_once_with_a_count() {
     assert_eq!(lines("cannot write console output; it is dropped from here on"), 1, "{text}");
     // 9 of one digit, 90 of two, and so on; five letters and the end of each line.
     let bytes: usize = (1..=1000).map(|line: u32| format!("line {line}\n").len()).sum();
-    assert_eq!(lines(&format!("console output was lost bytes={bytes}")), 1, "{text}");
+    assert_eq!(lines(&format!("{bytes} bytes of console output were lost")), 1, "{text}");
     assert_eq!(text.lines().count(), 4, "start, loss, count, end: {text}");
 }
 
