@@ -2,7 +2,22 @@
 MUSL := x86_64-unknown-linux-musl
 BARE := x86_64-unknown-none
 
-.PHONY: all deps build payloads run test test-all lint unit payload domain bench fuzz clean
+# Where `make install` puts what, below DESTDIR.
+PREFIX ?= /usr/local
+DESTDIR ?=
+BINARIES := cofferdam cofferdam-vmm cofferdam-jailer
+UNITS := cofferdam-vmm@.socket cofferdam-vmm@.service
+# What is installed, as `make build manuals` leaves it.
+BIN_DIR ?= target/$(MUSL)/release
+MANUALS ?= target/manuals
+AT = $(DESTDIR)$(PREFIX)
+MAN_DIR = $(AT)/share/man/man1
+BASH_DIR = $(AT)/share/bash-completion/completions
+ZSH_DIR = $(AT)/share/zsh/site-functions
+FISH_DIR = $(AT)/share/fish/vendor_completions.d
+UNIT_DIR = $(AT)/lib/systemd/system
+
+.PHONY: all deps build payloads run test test-all lint unit payload domain bench fuzz manuals install install-built uninstall clean
 
 all: build
 
@@ -52,6 +67,31 @@ bench: build payloads ## Side by side with the floor and with QEMU's microvm: a 
 
 fuzz: ## Each fuzz target for FUZZ_SECONDS (60); needs the nightly toolchain and cargo-fuzz
 	@tests/fuzz/run.sh
+
+manuals: ## Man pages and shell completions, in target/manuals
+	cargo run --quiet -p cofferdam-manuals -- "$(MANUALS)"
+
+install: build manuals ## The programs, man pages, completions and units, below PREFIX (/usr/local) and DESTDIR
+	@$(MAKE) --no-print-directory install-built
+
+install-built: ## The same of what is built already: `make build manuals && sudo make install-built`
+	install -d "$(AT)/bin" "$(MAN_DIR)" "$(BASH_DIR)" "$(ZSH_DIR)" "$(FISH_DIR)" "$(UNIT_DIR)"
+	for name in $(BINARIES); do install -m 755 "$(BIN_DIR)/$$name" "$(AT)/bin/" || exit 1; done
+	install -m 644 "$(MANUALS)"/man/*.1 "$(MAN_DIR)/"
+	install -m 644 "$(MANUALS)"/bash/* "$(BASH_DIR)/"
+	install -m 644 "$(MANUALS)"/zsh/* "$(ZSH_DIR)/"
+	install -m 644 "$(MANUALS)"/fish/* "$(FISH_DIR)/"
+	for unit in $(UNITS); do \
+		sed 's|@PREFIX@|$(PREFIX)|' "resources/systemd/$$unit" > "$(UNIT_DIR)/$$unit" && \
+		chmod 644 "$(UNIT_DIR)/$$unit" || exit 1; \
+	done
+
+uninstall: ## Removes what `make install` with the same PREFIX and DESTDIR has put in place
+	for name in $(BINARIES); do \
+		rm -f "$(AT)/bin/$$name" "$(BASH_DIR)/$$name" "$(ZSH_DIR)/_$$name" "$(FISH_DIR)/$$name.fish"; \
+	done
+	rm -f "$(MAN_DIR)"/cofferdam.1 "$(MAN_DIR)"/cofferdam-*.1
+	for unit in $(UNITS); do rm -f "$(UNIT_DIR)/$$unit"; done
 
 clean:
 	cargo clean

@@ -11,7 +11,7 @@
 //! | [`control`], [`supervisor`] | what is known and wanted of a running domain; its lifecycle |
 //! | [`api`] | what clients of the REST API may do, before the start and after it |
 //! | [`metrics`] | what is counted and timed |
-//! | [`phases`], [`status`], [`signals`], [`descriptor`] | the world around the monitor |
+//! | [`arguments`], [`phases`], [`status`], [`signals`], [`descriptor`] | the world around the monitor |
 
 // Nothing that a guest, a file or a client chooses may panic the monitor. (`unwrap` and its like are the workspace's.)
 #![cfg_attr(
@@ -26,6 +26,7 @@
 
 pub mod api;
 pub mod arch;
+pub mod arguments;
 pub mod board;
 pub mod boot;
 pub mod control;

@@ -17,10 +17,10 @@ use std::sync::Arc;
 
 use clap::Parser;
 use cofferdam_api::config::{DomainConfig, MAX_CONFIG_SIZE};
-use cofferdam_api::server::DEFAULT_MAX_PAYLOAD;
 use cofferdam_api::status::{Event, ExitReason, Outcome};
 use cofferdam_api::validate::check_id;
 use cofferdam_vmm::api::{Api, PreBoot, Socket, Started};
+use cofferdam_vmm::arguments::Arguments;
 use cofferdam_vmm::descriptor::Source;
 use cofferdam_vmm::domain::{Domain, Remote};
 use cofferdam_vmm::phases::PhaseClock;
@@ -28,51 +28,6 @@ use cofferdam_vmm::signals::StopSignals;
 use cofferdam_vmm::start::StartError;
 use cofferdam_vmm::status::StatusFile;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
-
-/// As Firecracker's, so that what reads its version reads this one's.
-const VERSION: &str = concat!("v", env!("CARGO_PKG_VERSION"));
-
-const EXIT_STATUS: &str = "\
-Exit status: 0 or the guest's own code after a power-off; 121 reboot or panic; 122 triple fault or vCPU error;
-123 launch refused; 124 monitor error; 125 bad configuration or host; 143 stopped by a signal.
-
-SIGTERM, SIGINT and SIGHUP press the domain's power button; a second one stops it hard.";
-
-/// Run one domain in this process, until it stops.
-#[derive(Parser)]
-#[command(name = "cofferdam-vmm", display_name = "Cofferdam", version = VERSION, after_help = EXIT_STATUS)]
-struct Arguments {
-    /// The domain's configuration, as JSON: a path, or fd:N for an inherited descriptor. The domain starts at
-    /// once
-    #[arg(long, value_name = "FILE", required_unless_present = "api_sock")]
-    config_file: Option<Source>,
-    /// Serve the REST API on this Unix socket: a path, or fd:N for an inherited one that listens. Without
-    /// --config-file the domain is configured and started by it
-    #[arg(long, value_name = "SOCKET")]
-    api_sock: Option<Source>,
-    /// Serve no API, which is so without --api-sock too
-    #[arg(long, conflicts_with = "api_sock", requires = "config_file")]
-    no_api: bool,
-    /// Largest body of a request to the API that is read, bytes
-    #[arg(long, default_value_t = DEFAULT_MAX_PAYLOAD, value_name = "BYTES")]
-    http_api_max_payload_size: usize,
-    /// Accepted for Firecracker's sake: the phases of the boot are always timed
-    #[arg(long)]
-    boot_timer: bool,
-    /// Where to write what becomes of the domain, one JSON object per line: a path, or fd:N. When it is a
-    /// pipe and its reader goes away, the domain's power button is pressed as for a signal
-    #[arg(long, value_name = "FILE")]
-    status_file: Option<Source>,
-    /// Name of the domain, for messages
-    #[arg(long, default_value = "anonymous-instance")]
-    id: String,
-    /// CLOCK_MONOTONIC, in microseconds, from which the phases of the launch are counted [default: now]
-    #[arg(long, value_name = "MICROSECONDS")]
-    start_time_us: Option<u64>,
-    /// Least severe messages to log on standard error
-    #[arg(long, default_value = "warn", value_name = "LEVEL")]
-    level: tracing::Level,
-}
 
 fn main() -> ExitCode {
     // The guest's memory is nobody's to trace or dump. It cannot fail with this argument.
