@@ -8,6 +8,8 @@ seconds=${FUZZ_SECONDS:-60}
 missing=
 cargo +nightly --version >/dev/null 2>&1 || missing="$missing
 fuzz: no nightly toolchain: rustup toolchain install nightly --profile minimal"
+[ -d "$(rustc +nightly --print target-libdir --target x86_64-unknown-none 2>/dev/null)" ] || missing="$missing
+fuzz: nightly cannot build the first stage: rustup target add --toolchain nightly x86_64-unknown-none"
 cargo fuzz --version >/dev/null 2>&1 || missing="$missing
 fuzz: no cargo-fuzz: cargo install --locked cargo-fuzz"
 command -v c++ >/dev/null || missing="$missing
