@@ -1,6 +1,8 @@
 //! One variable header by itself: its type, and what its fields may say
 //! whatever the other headers are.
 
+use std::ops::Range;
+
 use igvm_defs as defs;
 use igvm_defs::IgvmVariableHeaderType as Type;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -180,11 +182,32 @@ pub enum VpContext<'a> {
     Vbs(&'a [u8]),
 }
 
+/// The bytes of a file: those of its beginning from a copy, the others where the file is mapped.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FileBytes<'a> {
+    /// A copy of the beginning, not longer than the file.
+    pub head: &'a [u8],
+    /// All of the file.
+    pub mapped: &'a [u8],
+}
+
+impl<'a> FileBytes<'a> {
+    /// The bytes in `range`, all of them from the same place. They are not read.
+    pub fn get(&self, range: Range<usize>) -> Option<&'a [u8]> {
+        self.head.get(range.clone()).or_else(|| self.mapped.get(range))
+    }
+
+    /// Length of the file, bytes.
+    pub fn len(&self) -> usize {
+        self.mapped.len()
+    }
+}
+
 /// What the headers before it say about a file, as far as one header's meaning depends on it.
 #[derive(Clone, Copy)]
 pub(super) struct Surroundings<'a, 'p> {
     /// The whole file.
-    pub file: &'a [u8],
+    pub file: FileBytes<'a>,
     /// Where the file data begin.
     pub data_start: usize,
     /// The bits and platforms of the platform headers.

@@ -22,4 +22,5 @@ mod tests;
 pub mod writer;
 
 pub use error::{HeaderError, Problem, ReadError};
+pub(crate) use header::FileBytes;
 pub use header::{FileData, Header, VpContext, header_name};

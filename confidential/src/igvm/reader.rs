@@ -6,7 +6,7 @@ use igvm_defs as defs;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::error::{HeaderError, Problem, ReadError};
-use super::header::{self, Header, Surroundings};
+use super::header::{self, FileBytes, Header, Surroundings};
 use super::pages::{Budget, Pages};
 use crate::image::importer::{ImagePlatform, PlatformInfo};
 
@@ -28,7 +28,7 @@ pub enum Architecture {
 /// its reader, [`Igvm::headers`] gives what is there now, or an error, and never anything outside the file.
 #[derive(Clone, Debug)]
 pub struct Igvm<'a> {
-    file: &'a [u8],
+    file: FileBytes<'a>,
     version: u32,
     architecture: Architecture,
     section: Section<'a>,
@@ -70,6 +70,15 @@ impl<'a> Igvm<'a> {
     /// lies inside an area that is inserted later or never. Memory for pages and areas is at most 16 MiB and 256 times
     /// the file's size in all.
     pub fn new(file: &'a [u8]) -> Result<Self, ReadError> {
+        Self::with_head(file, file)
+    }
+
+    /// As [`Igvm::new`], of a file that is mapped and may be cut off by somebody at any time, which would end whoever
+    /// reads it by SIGBUS: `head` is a copy of its first bytes. If that is as long as [`length_of_headers`] says, the
+    /// mapped file is read only for contexts of vCPUs that lie further behind (in our own images they do not, if there
+    /// are some 20 pages more). Content that lies in `head` is a slice of it, other content of `file`.
+    pub fn with_head(head: &'a [u8], file: &'a [u8]) -> Result<Self, ReadError> {
+        let file = FileBytes { head, mapped: file };
         let fixed = FixedHeader::new(file)?;
         let mut igvm = Self {
             file,
@@ -90,8 +99,8 @@ impl<'a> Igvm<'a> {
         Ok(igvm)
     }
 
-    /// The file.
-    pub fn file(&self) -> &'a [u8] {
+    /// The bytes of the file.
+    pub(crate) fn file(&self) -> FileBytes<'a> {
         self.file
     }
 
@@ -117,6 +126,17 @@ impl<'a> Igvm<'a> {
     }
 }
 
+/// Where the variable headers of a file end, bytes, by its first 32 bytes: so many must be there before a file can be
+/// read. (The fixed header of version 1 has 24 bytes, but a file has more.)
+pub fn length_of_headers(beginning: &[u8]) -> Result<u64, ReadError> {
+    let short = || ReadError::Short { length: beginning.len() };
+    let (header, _) = defs::IGVM_FIXED_HEADER::read_from_prefix(beginning).map_err(|_| short())?;
+    if header.magic != defs::IGVM_MAGIC_VALUE {
+        return Err(ReadError::Magic(header.magic));
+    }
+    Ok(u64::from(header.variable_header_offset).saturating_add(header.variable_header_size.into()))
+}
+
 /// What the fixed header says.
 struct FixedHeader<'a> {
     version: u32,
@@ -125,9 +145,11 @@ struct FixedHeader<'a> {
 }
 
 impl<'a> FixedHeader<'a> {
-    fn new(file: &'a [u8]) -> Result<Self, ReadError> {
+    fn new(file: FileBytes<'a>) -> Result<Self, ReadError> {
         let short = || ReadError::Short { length: file.len() };
-        let (mut header, _) = defs::IGVM_FIXED_HEADER::read_from_prefix(file).map_err(|_| short())?;
+        let beginning =
+            file.get(0..size_of::<defs::IGVM_FIXED_HEADER_V2>().min(file.len())).unwrap_or_default();
+        let (mut header, _) = defs::IGVM_FIXED_HEADER::read_from_prefix(beginning).map_err(|_| short())?;
         if header.magic != defs::IGVM_MAGIC_VALUE {
             return Err(ReadError::Magic(header.magic));
         }
@@ -137,7 +159,8 @@ impl<'a> FixedHeader<'a> {
         match header.format_version {
             defs::IGVM_FORMAT_VERSION_1 => {}
             defs::IGVM_FORMAT_VERSION_2 => {
-                let (second, _) = defs::IGVM_FIXED_HEADER_V2::read_from_prefix(file).map_err(|_| short())?;
+                let (second, _) =
+                    defs::IGVM_FIXED_HEADER_V2::read_from_prefix(beginning).map_err(|_| short())?;
                 architecture = match second.architecture {
                     defs::IgvmArchitecture::X64 => Architecture::X64,
                     defs::IgvmArchitecture::AARCH64 => Architecture::Aarch64,
@@ -147,7 +170,7 @@ impl<'a> FixedHeader<'a> {
                     return Err(ReadError::PageSize(second.page_size));
                 }
                 let fields = size_of::<defs::IGVM_FIXED_HEADER>()..size_of::<defs::IGVM_FIXED_HEADER_V2>();
-                more = file.get(fields).unwrap_or_default();
+                more = beginning.get(fields).unwrap_or_default();
             }
             other => return Err(ReadError::Version(other)),
         }
@@ -190,7 +213,7 @@ enum Stage {
 /// Goes through the variable headers.
 struct Headers<'a> {
     section: Section<'a>,
-    file: &'a [u8],
+    file: FileBytes<'a>,
     /// Where the next header begins in the section.
     position: usize,
     index: u32,
@@ -199,7 +222,7 @@ struct Headers<'a> {
 }
 
 impl<'a> Headers<'a> {
-    fn new(section: Section<'a>, file: &'a [u8]) -> Self {
+    fn new(section: Section<'a>, file: FileBytes<'a>) -> Self {
         let platforms = Vec::new();
         Self { section, file, position: 0, index: 0, stage: Stage::Platform, platforms }
     }

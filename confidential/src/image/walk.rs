@@ -12,7 +12,7 @@ use super::importer::{
     VcpuContext,
 };
 use crate::igvm::reader::{Entry, Igvm};
-use crate::igvm::{FileData, Header, HeaderError, VpContext, header_name};
+use crate::igvm::{FileBytes, FileData, Header, HeaderError, VpContext, header_name};
 
 /// What a walk is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,7 +141,7 @@ pub(super) fn begin<'a, I: Importer<'a>>(
 
 /// A walk under way.
 struct Walk<'a, 'i, I> {
-    file: &'a [u8],
+    file: FileBytes<'a>,
     /// The bits of the chosen platforms.
     mask: u32,
     importer: &'i mut I,
@@ -250,7 +250,7 @@ fn content<'a>(data: &FileData<'a>) -> Content<'a> {
 }
 
 /// `first` and `second` as one run, if they are neighbours in memory and in `file`.
-fn join<'a>(file: &'a [u8], first: &PageRun<'a>, second: &PageRun<'a>) -> Option<PageRun<'a>> {
+fn join<'a>(file: FileBytes<'a>, first: &PageRun<'a>, second: &PageRun<'a>) -> Option<PageRun<'a>> {
     let fills_cpuid = |kind| matches!(kind, PageKind::SnpCpuid | PageKind::SnpCpuidXf | PageKind::SnpSecrets);
     if first.kind != second.kind
         || fills_cpuid(first.kind)

@@ -3,8 +3,10 @@ use cofferdam_firmware::manifest::KernelFormat;
 use igvm::IgvmFile;
 
 use super::*;
+use crate::igvm::reader::{Igvm, length_of_headers};
 use crate::igvm::writer::Writer;
 use crate::image::testing::{Recorder, flat, record};
+use crate::image::walk::walk;
 
 /// A bzImage of `length` bytes that wants to be at 16 MiB.
 fn kernel(length: usize) -> Vec<u8> {
@@ -92,6 +94,30 @@ fn the_load_window_is_one_aligned_run_of_the_file() {
             assert_eq!(&run.content.bytes[offset..][..content.len()], content);
             assert_eq!(item.size, content.len() as u64);
             assert_eq!(item.sha256, sha256::Method::PORTABLE.digest(content));
+        }
+    }
+}
+
+/// As if the mapped file had been emptied after its beginning was copied.
+#[test]
+fn all_but_the_load_window_can_be_read_from_a_copy_of_the_beginning() {
+    let (kernel, initrd) = (kernel(70_001), vec![3; 10_000]);
+    let composition = compose(&source(&kernel, &initrd, "quiet"), &Options::default()).unwrap();
+    let file = written(&composition);
+    let headers = length_of_headers(&file[..32]).unwrap() as usize;
+    let head = &file[..headers + 20 * PAGE];
+    let emptied = vec![0; file.len()];
+    let image = Igvm::with_head(head, &emptied).unwrap();
+    let mut copied = Recorder::default();
+    walk(&image, Selection::One(ImagePlatform::Snp), &mut copied).unwrap();
+    let whole = record(&file, Selection::One(ImagePlatform::Snp)).unwrap();
+    assert_eq!(copied.items.len(), whole.items.len());
+    for (copied, whole) in copied.items.iter().zip(&whole.items) {
+        match &copied.1 {
+            Item::Pages(run) if run.kind == PageKind::Shared => {
+                assert!(emptied.as_ptr_range().contains(&run.content.bytes.as_ptr()));
+            }
+            _ => assert_eq!(copied, whole),
         }
     }
 }
