@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use crate::config::{BootSource, DomainConfig, Drive, MachineConfig, Serial, Vsock};
 use crate::draft::Draft;
+use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::requests::{DrivePatch, MachinePatch};
 use crate::status::{InstanceInfo, VmStatus};
 use crate::validate::ConfigError;
@@ -45,6 +46,14 @@ pub enum VmmAction {
     PutVsock(Vsock),
     /// `PUT /serial`.
     PutSerial(Serial),
+    /// `PUT /logger`.
+    PutLogger(LoggerConfig),
+    /// `PUT /metrics`.
+    PutMetrics(MetricsConfig),
+    /// `GET /metrics`.
+    GetMetrics,
+    /// Action `FlushMetrics`.
+    FlushMetrics,
     /// `PUT /vm`: replaces the whole configuration.
     PutConfig(Box<DomainConfig>),
     /// `PUT /vm?start=true`: replaces the whole configuration and starts. A configuration that does not start
@@ -83,6 +92,8 @@ pub enum VmmData {
     Status(Box<VmStatus>),
     /// Of `GET /host`.
     Host(Value),
+    /// Of `GET /metrics`: Prometheus text.
+    Metrics(String),
 }
 
 /// The release of Firecracker whose interface this is.

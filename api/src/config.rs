@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::validate::ConfigError;
 use crate::wire::{WireDomain, WireDrive, WireMachine, WireSerial, WireVsock};
 
@@ -34,6 +35,12 @@ pub struct DomainConfig {
     pub confidential: Confidential,
     /// Milliseconds between a press of the power button and a hard stop.
     pub stop_timeout_ms: u64,
+    /// Where the monitor's log goes, if that is to change.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logger: Option<LoggerConfig>,
+    /// Where the monitor's metrics go, if anywhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<MetricsConfig>,
 }
 
 pub(crate) fn default_stop_timeout_ms() -> u64 {
@@ -325,6 +332,8 @@ mod tests {
         config.serial = Serial { mode: SerialMode::File, serial_out_path: Some("log".into()) };
         config.confidential.platform = PlatformChoice::Plain;
         config.stop_timeout_ms = 1;
+        config.logger = Some(LoggerConfig { log_path: Some("log".into()), ..Default::default() });
+        config.metrics = Some(MetricsConfig { metrics_path: "metrics".into() });
         let text = serde_json::to_vec(&config).unwrap();
         assert_eq!(DomainConfig::from_json(&text).unwrap(), config);
     }

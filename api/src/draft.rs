@@ -42,7 +42,8 @@ impl Default for Draft {
 
 impl From<DomainConfig> for Draft {
     fn from(config: DomainConfig) -> Self {
-        let DomainConfig { machine, boot, drives, vsock, serial, confidential, stop_timeout_ms } = config;
+        // Where log and metrics go is the monitor's affair, not the domain's.
+        let DomainConfig { machine, boot, drives, vsock, serial, confidential, stop_timeout_ms, .. } = config;
         Self { machine, boot: Some(boot), drives, vsock, serial, confidential, stop_timeout_ms }
     }
 }
@@ -130,6 +131,8 @@ impl Draft {
             serial: self.serial.clone(),
             confidential: self.confidential.clone(),
             stop_timeout_ms: self.stop_timeout_ms,
+            logger: None,
+            metrics: None,
         }
     }
 }

@@ -7,10 +7,11 @@
 //! | module | what |
 //! |---|---|
 //! | [`config`], [`validate`] | the configuration of a domain |
+//! | [`observe`] | where the log and the metrics go |
 //! | [`draft`], [`requests`] | how clients put one together; other bodies of requests |
 //! | [`actions`] | everything that can be asked of a monitor |
 //! | [`router`], [`openapi`] | which request asks for what, and the document that says so |
-//! | `server` (a feature) | HTTP on a Unix socket |
+//! | `server` (a feature), `metrics` | HTTP on a Unix socket; what is counted of it |
 //! | `client` (a feature) | a blocking client of it |
 //! | [`status`] | what the monitor says of a domain |
 
@@ -30,6 +31,9 @@ pub mod actions;
 pub mod client;
 pub mod config;
 pub mod draft;
+#[cfg(feature = "server")]
+pub mod metrics;
+pub mod observe;
 pub mod openapi;
 pub mod requests;
 pub mod router;

@@ -18,8 +18,9 @@ mod tests {
     use crate::actions::Version;
     use crate::config::{BootSource, DomainConfig, Drive, MachineConfig, Serial, Vsock};
     use crate::draft::Draft;
+    use crate::observe::{LoggerConfig, MetricsConfig};
     use crate::requests::{DrivePatch, InstanceAction, MachinePatch, StateChange};
-    use crate::router::{ROUTES, Route};
+    use crate::router::{ROUTES, Route, TEXT};
     use crate::status::{InstanceInfo, VmStatus};
 
     fn add<T: JsonSchema>(generator: &mut SchemaGenerator) {
@@ -39,8 +40,10 @@ mod tests {
             add::<DrivePatch>,
             add::<InstanceAction>,
             add::<InstanceInfo>,
+            add::<LoggerConfig>,
             add::<MachineConfig>,
             add::<MachinePatch>,
+            add::<MetricsConfig>,
             add::<Serial>,
             add::<StateChange>,
             add::<Version>,
@@ -63,6 +66,9 @@ mod tests {
     }
 
     fn content(schema: &str) -> Value {
+        if schema == TEXT {
+            return json!({"text/plain": {"schema": {"type": "string"}}});
+        }
         json!({"application/json": {"schema": {"$ref": format!("#/components/schemas/{schema}")}}})
     }
 

@@ -25,7 +25,7 @@ pub enum ActionType {
     InstanceStart,
     /// Presses the domain's power button.
     SendCtrlAltDel,
-    /// Not supported: there are no metrics yet.
+    /// Writes the metrics now.
     FlushMetrics,
 }
 

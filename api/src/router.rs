@@ -10,10 +10,14 @@ use thiserror::Error;
 
 use crate::actions::VmmAction;
 use crate::config::{BootSource, DomainConfig, Drive, MachineConfig, Serial, Vsock};
+use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::requests::{ActionType, DrivePatch, InstanceAction, MachinePatch, StateChange, WantedState};
 
 /// Longest `timeout_ms` of `GET /vm/wait` and `DELETE /vm`, milliseconds: a day.
 pub const MAX_TIMEOUT_MS: u64 = 24 * 60 * 60 * 1000;
+
+/// What [`Route::answer`] is for one that answers with text and not with JSON.
+pub const TEXT: &str = "Text";
 
 /// What a request asks for.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,13 +67,15 @@ pub struct Route {
     pub method: &'static str,
     /// Its path; a segment in braces stands for any one.
     pub path: &'static str,
+    /// By what name its requests are counted: Firecracker's, where it counts such.
+    pub counted: &'static str,
     /// What it does.
     pub summary: &'static str,
     /// Name of the schema of its body.
     pub body: Option<&'static str>,
     /// Name and type of its query parameter.
     pub query: Option<(&'static str, &'static str)>,
-    /// Name of the schema of what it answers; without one it answers 204.
+    /// Name of the schema of what it answers, or [`TEXT`]; without one it answers 204.
     pub answer: Option<&'static str>,
     parse: fn(&Request) -> Result<Call, RouteError>,
 }
@@ -77,21 +83,23 @@ pub struct Route {
 impl Route {
     const fn get(
         path: &'static str,
+        counted: &'static str,
         summary: &'static str,
         answer: &'static str,
         parse: fn(&Request) -> Result<Call, RouteError>,
     ) -> Self {
-        Self { method: "GET", path, summary, body: None, query: None, answer: Some(answer), parse }
+        Self { method: "GET", path, counted, summary, body: None, query: None, answer: Some(answer), parse }
     }
 
     const fn change(
         method: &'static str,
         path: &'static str,
+        counted: &'static str,
         summary: &'static str,
         body: &'static str,
         parse: fn(&Request) -> Result<Call, RouteError>,
     ) -> Self {
-        Self { method, path, summary, body: Some(body), query: None, answer: None, parse }
+        Self { method, path, counted, summary, body: Some(body), query: None, answer: None, parse }
     }
 
     const fn with_query(mut self, name: &'static str, schema: &'static str) -> Self {
@@ -147,28 +155,47 @@ fn act(action: VmmAction) -> Result<Call, RouteError> {
 
 /// Every route.
 pub const ROUTES: &[Route] = &[
-    Route::get("/", "Name, state and version of this monitor's domain", "InstanceInfo", |_| {
-        act(VmmAction::GetInstance)
-    }),
-    Route::get("/version", "Versions of the interface and of the monitor", "Version", |_| {
+    Route::get(
+        "/",
+        "instance_info",
+        "Name, state and version of this monitor's domain",
+        "InstanceInfo",
+        |_| act(VmmAction::GetInstance),
+    ),
+    Route::get("/version", "vmm_version", "Versions of the interface and of the monitor", "Version", |_| {
         act(VmmAction::GetVersion)
     }),
-    Route::get("/openapi.json", "This document", "Object", |_| Ok(Call::Document)),
-    Route::get("/host", "What `cofferdam host check --json` prints", "Object", |_| act(VmmAction::GetHost)),
-    Route::get("/vm/config", "The whole configuration", "Draft", |_| act(VmmAction::GetConfig)),
-    Route::get("/machine-config", "vCPUs and memory", "MachineConfig", |_| act(VmmAction::GetMachine)),
-    Route::change("PUT", "/machine-config", "Sets vCPUs and memory", "MachineConfig", |request| {
-        act(VmmAction::PutMachine(request.body::<MachineConfig>()?))
+    Route::get("/openapi.json", "openapi", "This document", "Object", |_| Ok(Call::Document)),
+    Route::get("/host", "host", "What `cofferdam host check --json` prints", "Object", |_| {
+        act(VmmAction::GetHost)
     }),
-    Route::change("PATCH", "/machine-config", "Changes vCPUs or memory", "MachinePatch", |request| {
-        act(VmmAction::PatchMachine(request.body::<MachinePatch>()?))
+    Route::get("/vm/config", "vm_config", "The whole configuration", "Draft", |_| act(VmmAction::GetConfig)),
+    Route::get("/machine-config", "machine_cfg", "vCPUs and memory", "MachineConfig", |_| {
+        act(VmmAction::GetMachine)
     }),
-    Route::change("PUT", "/boot-source", "Sets what is started", "BootSource", |request| {
+    Route::change(
+        "PUT",
+        "/machine-config",
+        "machine_cfg",
+        "Sets vCPUs and memory",
+        "MachineConfig",
+        |request| act(VmmAction::PutMachine(request.body::<MachineConfig>()?)),
+    ),
+    Route::change(
+        "PATCH",
+        "/machine-config",
+        "machine_cfg",
+        "Changes vCPUs or memory",
+        "MachinePatch",
+        |request| act(VmmAction::PatchMachine(request.body::<MachinePatch>()?)),
+    ),
+    Route::change("PUT", "/boot-source", "boot_source", "Sets what is started", "BootSource", |request| {
         act(VmmAction::PutBoot(request.body::<BootSource>()?))
     }),
     Route::change(
         "PUT",
         "/drives/{drive_id}",
+        "drive",
         "Adds a drive, or replaces the one of that id",
         "Drive",
         |request| {
@@ -180,6 +207,7 @@ pub const ROUTES: &[Route] = &[
     Route::change(
         "PATCH",
         "/drives/{drive_id}",
+        "drive",
         "Not supported: a drive stays as it was at the start",
         "DrivePatch",
         |request| {
@@ -188,30 +216,50 @@ pub const ROUTES: &[Route] = &[
             act(VmmAction::PatchDrive(patch))
         },
     ),
-    Route::change("PUT", "/vsock", "Sets the vsock device", "Vsock", |request| {
+    Route::change("PUT", "/vsock", "vsock", "Sets the vsock device", "Vsock", |request| {
         act(VmmAction::PutVsock(request.body::<Vsock>()?))
     }),
-    Route::change("PUT", "/serial", "Sets where the serial console goes", "Serial", |request| {
+    Route::change("PUT", "/serial", "serial", "Sets where the serial console goes", "Serial", |request| {
         act(VmmAction::PutSerial(request.body::<Serial>()?))
     }),
     Route::change(
         "PUT",
+        "/logger",
+        "logger",
+        "Sets where and what the monitor logs",
+        "LoggerConfig",
+        |request| {
+            let config = request.body::<LoggerConfig>()?;
+            act(VmmAction::PutLogger(config))
+        },
+    ),
+    Route::change(
+        "PUT",
+        "/metrics",
+        "metrics",
+        "Sets where metrics are written",
+        "MetricsConfig",
+        |request| act(VmmAction::PutMetrics(request.body::<MetricsConfig>()?)),
+    ),
+    Route::get("/metrics", "metrics", "The metrics as Prometheus text", TEXT, |_| act(VmmAction::GetMetrics)),
+    Route::change(
+        "PUT",
         "/actions",
-        "Starts the domain, or presses its power button",
+        "actions",
+        "Starts the domain, presses its power button, or writes the metrics now",
         "InstanceAction",
         |request| match request.body::<InstanceAction>()?.action_type {
             ActionType::InstanceStart => act(VmmAction::Start),
             ActionType::SendCtrlAltDel => act(VmmAction::PressPowerButton),
-            ActionType::FlushMetrics => Err(RouteError::Lacking(
-                "FlushMetrics: metrics are not supported by this monitor; `GET /vm` has the phases of the launch",
-            )),
+            ActionType::FlushMetrics => act(VmmAction::FlushMetrics),
         },
     ),
-    Route::get("/vm", "State, platform, protection, end and phases of the domain", "VmStatus", |_| {
+    Route::get("/vm", "vm", "State, platform, protection, end and phases of the domain", "VmStatus", |_| {
         act(VmmAction::GetStatus)
     }),
     Route::get(
         "/vm/wait",
+        "vm_wait",
         "Answers when the domain has stopped, or at the time-out",
         "VmStatus",
         |request| request.timeout().map(Call::Wait),
@@ -220,6 +268,7 @@ pub const ROUTES: &[Route] = &[
     Route::change(
         "PUT",
         "/vm",
+        "vm",
         "Replaces the whole configuration, and with `start=true` starts the domain",
         "DomainConfig",
         |request| {
@@ -229,7 +278,7 @@ pub const ROUTES: &[Route] = &[
         },
     )
     .with_query("start", "boolean"),
-    Route::change("PATCH", "/vm", "Holds the vCPUs, or lets them run", "StateChange", |request| {
+    Route::change("PATCH", "/vm", "vm", "Holds the vCPUs, or lets them run", "StateChange", |request| {
         act(match request.body::<StateChange>()?.state {
             WantedState::Paused => VmmAction::Pause,
             WantedState::Resumed => VmmAction::Resume,
@@ -238,6 +287,7 @@ pub const ROUTES: &[Route] = &[
     Route {
         method: "DELETE",
         path: "/vm",
+        counted: "vm",
         summary: "Asks for an orderly stop, and a hard one at the time-out",
         body: None,
         query: Some(("timeout_ms", "integer")),
@@ -262,17 +312,17 @@ pub const LACKING: &[(&str, &str)] = &[
     ("hotplug", "hotplug: not supported by this monitor; configure everything before the start"),
     ("cpu-config", "cpu-config: not supported by this monitor; guests see the host's CPU"),
     ("entropy", "entropy: not supported by this monitor; guests have the CPU's RDRAND"),
-    ("logger", "logger: not supported by this monitor; use its option --level, and read its standard error"),
-    ("metrics", "metrics: not supported by this monitor; `GET /vm` has the phases of the launch"),
 ];
+
+/// Where in [`ROUTES`] that of `method` on `path` is, if there is one.
+pub fn position(method: &str, path: &str) -> Option<usize> {
+    ROUTES.iter().position(|route| route.method == method && matches(route.path, path).is_some())
+}
 
 /// What `method` on `path` with `query` and `body` asks for.
 pub fn route(method: &str, path: &str, query: Option<&str>, body: &[u8]) -> Result<Call, RouteError> {
-    let Some((route, parameter)) = ROUTES
-        .iter()
-        .filter(|route| route.method == method)
-        .find_map(|route| matches(route.path, path).map(|parameter| (route, parameter)))
-    else {
+    let route = position(method, path).and_then(|index| ROUTES.get(index));
+    let Some((route, parameter)) = route.and_then(|route| Some((route, matches(route.path, path)?))) else {
         let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
         return Err(match LACKING.iter().find(|(name, _)| *name == first) {
             Some((_, message)) => RouteError::Lacking(message),

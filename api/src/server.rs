@@ -21,8 +21,9 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use cofferdam_metrics::prometheus;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONTENT_TYPE, HeaderValue, SERVER};
@@ -37,6 +38,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
 use crate::actions::{ActionError, ActionResult, VmmAction, VmmData};
+use crate::metrics::ApiMetrics;
 use crate::openapi::DOCUMENT;
 use crate::router::{self, Call};
 
@@ -89,8 +91,13 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves the clients of `listener`, with bodies of up to `max_payload` bytes.
-    pub fn start(listener: UnixListener, max_payload: usize, deliver: Deliver) -> io::Result<Self> {
+    /// Serves the clients of `listener`, with bodies of up to `max_payload` bytes, and counts in `metrics`.
+    pub fn start(
+        listener: UnixListener,
+        max_payload: usize,
+        metrics: Arc<ApiMetrics>,
+        deliver: Deliver,
+    ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let listener = {
@@ -98,9 +105,9 @@ impl Server {
             tokio::net::UnixListener::from_std(listener)?
         };
         let (stop, stopped) = watch::channel(false);
-        let thread = thread::Builder::new()
-            .name("api".to_owned())
-            .spawn(move || runtime.block_on(serve(listener, Service { max_payload, deliver }, stopped)))?;
+        let thread = thread::Builder::new().name("api".to_owned()).spawn(move || {
+            runtime.block_on(serve(listener, Service { max_payload, metrics, deliver }, stopped))
+        })?;
         Ok(Self { stop, thread: Some(thread) })
     }
 }
@@ -185,20 +192,39 @@ async fn serve_connection(
 #[derive(Clone)]
 struct Service {
     max_payload: usize,
+    metrics: Arc<ApiMetrics>,
     deliver: Deliver,
 }
 
 impl Service {
     async fn answer(&self, request: Request<Incoming>, waits: &AtomicBool) -> Response<Full<Bytes>> {
         let (head, body) = request.into_parts();
+        let route = router::position(head.method.as_str(), head.uri.path());
         let body = match self.read(body).await {
             Ok(body) => body,
-            Err(message) => return fault(&message),
+            Err(message) => {
+                self.metrics.asked(None);
+                return fault(&message);
+            }
         };
-        let call = match router::route(head.method.as_str(), head.uri.path(), head.uri.query(), &body) {
-            Ok(call) => call,
-            Err(error) => return fault(&error.to_string()),
+        self.metrics.asked(route);
+        let start = Instant::now();
+        let call = router::route(head.method.as_str(), head.uri.path(), head.uri.query(), &body);
+        let is_wait = matches!(call, Ok(Call::Wait(_)));
+        let response = match call {
+            Ok(call) => self.call(call, waits).await,
+            Err(error) => fault(&error.to_string()),
         };
+        if response.status() == StatusCode::BAD_REQUEST {
+            self.metrics.refused(route);
+        }
+        if !is_wait {
+            self.metrics.server.requests_agg.record(start.elapsed());
+        }
+        response
+    }
+
+    async fn call(&self, call: Call, waits: &AtomicBool) -> Response<Full<Bytes>> {
         waits.store(true, Ordering::Relaxed);
         let result = match call {
             Call::Act(action) => self.act(action).await,
@@ -211,6 +237,7 @@ impl Service {
         waits.store(false, Ordering::Relaxed);
         match result {
             Ok(VmmData::Empty) => response(StatusCode::NO_CONTENT, Bytes::new()),
+            Ok(VmmData::Metrics(text)) => typed(StatusCode::OK, prometheus::CONTENT_TYPE, text),
             Ok(data) => match serde_json::to_vec(&data) {
                 Ok(text) => json_response(StatusCode::OK, text),
                 Err(error) => fault(&format!("the answer is no JSON: {error}")),
@@ -255,8 +282,12 @@ fn fault(message: &str) -> Response<Full<Bytes>> {
 }
 
 fn json_response(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    typed(status, "application/json", text)
+}
+
+fn typed(status: StatusCode, kind: &'static str, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = response(status, text.into());
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     response
 }
 

@@ -8,6 +8,7 @@ use std::path::Path;
 use crate::config::{
     BootSource, DomainConfig, Drive, MachineConfig, RateLimiter, Serial, SerialMode, TokenBucket, Vsock,
 };
+use crate::observe::{LoggerConfig, MetricsConfig};
 
 /// Smallest and largest number of vCPUs.
 pub const VCPU_COUNT: (u64, u64) = (1, 32);
@@ -175,6 +176,8 @@ impl DomainConfig {
             vsock.validate()?;
         }
         self.serial.validate()?;
+        self.logger.as_ref().map_or(Ok(()), LoggerConfig::validate)?;
+        self.metrics.as_ref().map_or(Ok(()), MetricsConfig::validate)?;
         check_range("stop_timeout_ms", self.stop_timeout_ms, (0, MAX_STOP_TIMEOUT_MS))
     }
 
@@ -299,7 +302,7 @@ fn check_range(field: &str, value: u64, (min, max): (u64, u64)) -> Result<(), Co
 }
 
 /// `PATH_MAX` of Linux counts the terminating NUL.
-fn check_path(field: &str, path: &Path) -> Result<(), ConfigError> {
+pub(crate) fn check_path(field: &str, path: &Path) -> Result<(), ConfigError> {
     if path.as_os_str().is_empty() {
         return Err(ConfigError::Empty { field: field.to_owned() });
     }

@@ -13,6 +13,7 @@ use crate::config::{
     BootSource, CacheType, Confidential, DomainConfig, Drive, IoEngine, MachineConfig, RateLimiter, Serial,
     SerialMode, Vsock, default_block_size, default_stop_timeout_ms,
 };
+use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::requests::MachinePatch;
 use crate::validate::{ConfigError, VCPU_COUNT};
 
@@ -34,6 +35,10 @@ pub(crate) struct WireDomain {
     confidential: Confidential,
     #[serde(default = "default_stop_timeout_ms")]
     stop_timeout_ms: u64,
+    #[serde(default)]
+    logger: Option<LoggerConfig>,
+    #[serde(default)]
+    metrics: Option<MetricsConfig>,
 
     #[serde(default)]
     #[cfg_attr(test, schemars(skip))]
@@ -44,15 +49,9 @@ pub(crate) struct WireDomain {
     #[serde(default)]
     #[cfg_attr(test, schemars(skip))]
     entropy: Value,
-    #[serde(default)]
-    #[cfg_attr(test, schemars(skip))]
-    logger: Value,
     #[serde(rename = "memory-hotplug", default)]
     #[cfg_attr(test, schemars(skip))]
     memory_hotplug: Value,
-    #[serde(default)]
-    #[cfg_attr(test, schemars(skip))]
-    metrics: Value,
     #[serde(rename = "mmds-config", default)]
     #[cfg_attr(test, schemars(skip))]
     mmds_config: Value,
@@ -72,9 +71,7 @@ impl TryFrom<WireDomain> for DomainConfig {
             ("balloon", wire.balloon),
             ("cpu-config", wire.cpu_config),
             ("entropy", wire.entropy),
-            ("logger", wire.logger),
             ("memory-hotplug", wire.memory_hotplug),
-            ("metrics", wire.metrics),
             ("mmds-config", wire.mmds_config),
             ("network-interfaces", wire.network_interfaces),
             ("pmem", wire.pmem),
@@ -87,6 +84,8 @@ impl TryFrom<WireDomain> for DomainConfig {
             serial: wire.serial.unwrap_or_default(),
             confidential: wire.confidential,
             stop_timeout_ms: wire.stop_timeout_ms,
+            logger: wire.logger,
+            metrics: wire.metrics,
         })
     }
 }

@@ -354,6 +354,8 @@ impl RunArgs {
                 },
             },
             stop_timeout_ms: u64::try_from(self.stop_timeout.as_millis()).unwrap_or(u64::MAX),
+            logger: None,
+            metrics: None,
         })
     }
 

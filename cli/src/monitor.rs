@@ -89,7 +89,7 @@ impl Monitor {
             .arg(format!("fd:{}", config.as_raw_fd()))
             .arg("--status-file")
             .arg(format!("fd:{}", status_writer.as_raw_fd()))
-            .args(["--id", launch.id])
+            .args(["--id", launch.id, "--level", "Warning", "--show-level"])
             .arg("--start-time-us")
             .arg(launch.start_time_us.to_string())
             .arg("--api-sock")

@@ -115,11 +115,20 @@ fn the_monitor_gets_its_configuration_by_descriptor() {
     assert_eq!(config["vsock"]["uds_path"], "v.sock");
     let args = case.file("args");
     let words: Vec<&str> = args.split_whitespace().collect();
-    let [_, config, _, status, _, id, _, start, _, api] = words[..] else { panic!("{args}") };
+    let [_, config, _, status, _, id, _, level, _, _, start, _, api] = words[..] else { panic!("{args}") };
     assert_eq!(
-        [words[0], words[2], words[4], words[6], words[8]],
-        ["--config-file", "--status-file", "--id", "--start-time-us", "--api-sock"]
+        [words[0], words[2], words[4], words[6], words[8], words[9], words[11]],
+        [
+            "--config-file",
+            "--status-file",
+            "--id",
+            "--level",
+            "--show-level",
+            "--start-time-us",
+            "--api-sock"
+        ]
     );
+    assert_eq!(level, "Warning");
     assert!([config, status, api].iter().all(|word| word.starts_with("fd:")) && id == "d", "{args}");
     assert!(start.parse::<u64>().unwrap() > 0);
 }

@@ -20,5 +20,6 @@ pub mod bus;
 pub mod interrupt;
 pub mod platform;
 pub mod rate_limiter;
+pub mod sink;
 mod tally;
 pub mod virtio;

@@ -1,6 +1,9 @@
 //! The command line of `cofferdam-vmm`.
 
+use std::path::PathBuf;
+
 use clap::{Command, CommandFactory, Parser};
+use cofferdam_api::observe::{LogFormat, LogLevel, LoggerConfig, MetricsConfig};
 use cofferdam_api::server::DEFAULT_MAX_PAYLOAD;
 
 use crate::descriptor::Source;
@@ -45,9 +48,47 @@ pub struct Arguments {
     /// CLOCK_MONOTONIC, in microseconds, from which the phases of the launch are counted [default: now]
     #[arg(long, value_name = "MICROSECONDS")]
     pub start_time_us: Option<u64>,
-    /// Least severe messages to log on standard error
-    #[arg(long, default_value = "warn", value_name = "LEVEL")]
-    pub level: tracing::Level,
+    /// Where to log: a file, created or appended to, a named pipe, or fd:N [default: standard error]
+    #[arg(long, value_name = "FILE")]
+    pub log_path: Option<PathBuf>,
+    /// Least severe messages to log: Off, Error, Warning, Info, Debug, Trace [default: Info]
+    #[arg(long, value_name = "LEVEL")]
+    pub level: Option<LogLevel>,
+    /// Begin lines of the log with their level
+    #[arg(long)]
+    pub show_level: bool,
+    /// Begin lines of the log with the place in the source that they come from
+    #[arg(long)]
+    pub show_log_origin: bool,
+    /// Log only messages of modules whose path begins so: cofferdam_devices::virtio
+    #[arg(long, value_name = "MODULE")]
+    pub module: Option<String>,
+    /// What a line of the log is: text, or json [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// Where to write metrics, a JSON object per line and minute: a file, created or appended to, a named pipe, or
+    /// fd:N
+    #[arg(long, value_name = "FILE")]
+    pub metrics_path: Option<PathBuf>,
+}
+
+impl Arguments {
+    /// What is said of the log.
+    pub fn logger(&self) -> LoggerConfig {
+        LoggerConfig {
+            log_path: self.log_path.clone(),
+            level: self.level,
+            show_level: Some(self.show_level),
+            show_log_origin: Some(self.show_log_origin),
+            module: self.module.clone(),
+            log_format: self.log_format,
+        }
+    }
+
+    /// What is said of the metrics.
+    pub fn metrics(&self) -> Option<MetricsConfig> {
+        self.metrics_path.clone().map(|metrics_path| MetricsConfig { metrics_path })
+    }
 }
 
 /// The definition, of which the manual is made.

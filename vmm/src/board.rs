@@ -111,6 +111,7 @@ impl Board {
         metrics.interrupts = io_apic.metrics();
         metrics.uart = console.port().metrics();
         metrics.i8042 = i8042.metrics();
+        metrics.power = power_button.metrics();
         let guest_port = Arc::new(GuestPort::new(control.clone()));
         let ports: [(u16, u64, Arc<dyn BusDevice>); 6] = [
             (layout::I8042_DATA_PORT, I8042_PORTS, i8042),

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 
 /// Descriptors that were taken over; each can be only once.
 static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
@@ -70,8 +70,13 @@ fn take(fd: RawFd) -> io::Result<File> {
     if !TAKEN.lock().unwrap_or_else(PoisonError::into_inner).insert(fd) {
         return Err(io::Error::other(format!("descriptor {fd} is given twice")));
     }
-    // SAFETY: borrowed for one call, which fails on a number that is no open descriptor.
-    fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC)?;
+    // SAFETY: borrowed for two calls, which fail on a number that is no open descriptor.
+    let descriptor = unsafe { BorrowedFd::borrow_raw(fd) };
+    // What is inherited has survived an exec; what this process has opened itself would not.
+    if fcntl_getfd(descriptor)?.contains(FdFlags::CLOEXEC) {
+        return Err(Errno::BADF.into());
+    }
+    fcntl_setfd(descriptor, FdFlags::CLOEXEC)?;
     // SAFETY: the descriptor is open, it was named for this use by whoever started us, and `TAKEN` makes
     // sure that it is taken over only once.
     Ok(unsafe { File::from_raw_fd(fd) })

@@ -28,7 +28,7 @@ use crate::board::{Board, Buses, EventLoop};
 use crate::control::Control;
 use crate::gate::Gate;
 use crate::memory;
-use crate::metrics::DeviceMetrics;
+use crate::metrics::{DeviceMetrics, FlushTimer, Metrics};
 use crate::phases::PhaseClock;
 use crate::signals::StopSignals;
 use crate::start::{Resources, StartError, memory_size, raise_descriptor_limit};
@@ -49,7 +49,7 @@ pub struct Domain {
     launched: Launched,
     board: Board,
     buses: Buses,
-    metrics: DeviceMetrics,
+    devices: DeviceMetrics,
     stop_timeout: Duration,
     _vsock_file: Option<SocketFile>,
 }
@@ -75,15 +75,15 @@ impl Domain {
         let vsock_file = resources.vsock_file.take();
         clock.reached("opened");
         let control = Arc::new(Control::new(clock.clone()).map_err(internal("eventfd"))?);
-        let mut metrics = std::mem::take(&mut resources.metrics);
-        let (launched, board, buses) = launch(config, platform, resources, &control, clock, &mut metrics)?;
+        let mut devices = std::mem::take(&mut resources.metrics);
+        let (launched, board, buses) = launch(config, platform, resources, &control, clock, &mut devices)?;
         Ok(Self {
             control,
             clock: clock.clone(),
             launched,
             board,
             buses,
-            metrics,
+            devices,
             stop_timeout: Duration::from_millis(config.stop_timeout_ms),
             _vsock_file: vsock_file,
         })
@@ -95,8 +95,9 @@ impl Domain {
         signals: StopSignals,
         status: &mut StatusFile,
         remote: Option<Remote>,
+        metrics: &Arc<Metrics>,
     ) -> Result<Outcome, StartError> {
-        let Self { control, clock, launched, board, metrics, .. } = self;
+        let Self { control, clock, launched, board, devices, .. } = self;
         let platform = launched.platform();
         let protected = launched.protected();
         let mut events = EventLoop::new().map_err(internal("event loop"))?;
@@ -108,7 +109,7 @@ impl Domain {
             buses: self.buses,
             control: control.clone(),
             gate: Gate::default(),
-            metrics: metrics.vcpus.clone(),
+            metrics: devices.vcpus.clone(),
         };
         let vcpus = Vcpus::start(launched.vcpus, Arc::new(shared)).map_err(internal("vCPU threads"))?;
         let client = status.try_clone().map_err(internal("--status-file"))?;
@@ -126,6 +127,13 @@ impl Domain {
             Ok(()) => {}
         }
         clock.reached("running");
+        metrics.add_devices(devices.clone());
+        if metrics.are_configured() {
+            // As Firecracker does: a first line with what the start took. A failure is logged and counted.
+            let _ = metrics.flush();
+            let timer = FlushTimer::new(metrics.clone()).map_err(internal("timer of the metrics"))?;
+            events.add_subscriber(Arc::new(Mutex::new(timer)));
+        }
         lock(&supervisor).start();
         if let Some(Remote { inbox, config, reply }) = remote {
             if let Some(reply) = reply {
@@ -139,6 +147,7 @@ impl Domain {
                 clock: clock.clone(),
                 control: control.clone(),
                 supervisor: supervisor.clone(),
+                metrics: metrics.clone(),
             })));
         }
         while lock(&supervisor).stopped().is_none() {
@@ -150,7 +159,7 @@ impl Domain {
         board.release();
         lock(&supervisor).end();
         board.shut_down(CONSOLE_DEADLINE);
-        metrics.log_unlogged();
+        devices.log_unlogged();
         clock.reached("stopped");
         let notes = control.notes();
         let (exit_reason, message) = lock(&supervisor)

@@ -10,7 +10,7 @@
 //! | [`vcpu`], [`exit`], [`gate`], [`kick`] | vCPU threads, what they exit with, how they are held and stopped |
 //! | [`control`], [`supervisor`] | what is known and wanted of a running domain; its lifecycle |
 //! | [`api`] | what clients of the REST API may do, before the start and after it |
-//! | [`metrics`] | what is counted and timed |
+//! | [`observer`], [`logger`], [`metrics`], [`lines`] | what is said, counted and timed, and the files that it goes to |
 //! | [`arguments`], [`phases`], [`status`], [`signals`], [`descriptor`] | the world around the monitor |
 
 // Nothing that a guest, a file or a client chooses may panic the monitor. (`unwrap` and its like are the workspace's.)
@@ -35,8 +35,11 @@ pub mod domain;
 pub mod exit;
 pub mod gate;
 pub mod kick;
+pub mod lines;
+pub mod logger;
 pub mod memory;
 pub mod metrics;
+pub mod observer;
 pub mod phases;
 pub mod signals;
 pub mod start;

@@ -11,7 +11,7 @@
     )
 )]
 
-use std::io::{self, IsTerminal, Read};
+use std::io::Read;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -23,6 +23,9 @@ use cofferdam_vmm::api::{Api, PreBoot, Socket, Started};
 use cofferdam_vmm::arguments::Arguments;
 use cofferdam_vmm::descriptor::Source;
 use cofferdam_vmm::domain::{Domain, Remote};
+use cofferdam_vmm::logger::Logger;
+use cofferdam_vmm::metrics::Metrics;
+use cofferdam_vmm::observer::Observer;
 use cofferdam_vmm::phases::PhaseClock;
 use cofferdam_vmm::signals::StopSignals;
 use cofferdam_vmm::start::StartError;
@@ -40,15 +43,17 @@ fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { reason } else { 0 });
         }
     };
-    tracing_subscriber::fmt()
-        .with_max_level(arguments.level)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
-        // They would be printed by a macro that panics when standard error is a pipe without a reader.
-        .log_internal_errors(false)
-        .init();
+    let logger = Arc::new(Logger::new(&arguments.id));
+    logger.install();
     let clock = Arc::new(PhaseClock::new(arguments.start_time_us));
     clock.reached("monitor");
+    let metrics = Arc::new(Metrics::new(clock.clone(), logger.metrics()));
+    let observer = Observer { logger, metrics };
+    let watched = observer.configure_both(Some(&arguments.logger()), arguments.metrics().as_ref());
+    if let Err(error) = watched {
+        tracing::error!("{error}");
+        return ExitCode::from(ExitReason::Config.process_exit_code(None));
+    }
     let mut status = match arguments.status_file.as_ref().map(Source::append).transpose() {
         Ok(file) => StatusFile::new(file),
         Err(error) => {
@@ -57,16 +62,16 @@ fn main() -> ExitCode {
         }
     };
     let mut api = None;
-    let outcome = run(&arguments, &clock, &mut status, &mut api);
+    let outcome = run(&arguments, &clock, &observer, &mut status, &mut api);
     match outcome.exit_reason {
-        ExitReason::PowerOff => tracing::info!("{}: {}", arguments.id, outcome.message),
+        ExitReason::PowerOff => tracing::info!("{}", outcome.message),
         // Who asked for the end, and whoever reads the status, knows.
-        ExitReason::Stopped if arguments.api_sock.is_some() => {
-            tracing::info!("{}: {}", arguments.id, outcome.message);
-        }
-        _ if arguments.status_file.is_some() => tracing::info!("{}: {}", arguments.id, outcome.message),
-        _ => tracing::error!("{}: {}", arguments.id, outcome.message),
+        ExitReason::Stopped if arguments.api_sock.is_some() => tracing::info!("{}", outcome.message),
+        _ if arguments.status_file.is_some() => tracing::info!("{}", outcome.message),
+        _ => tracing::error!("{}", outcome.message),
     }
+    // A failure is logged and counted.
+    let _ = observer.metrics.flush();
     let code = outcome.process_exit_code();
     if let Err(error) = status.write(&Event::Stopped(outcome.clone())) {
         tracing::warn!("--status-file: {error}");
@@ -74,16 +79,18 @@ fn main() -> ExitCode {
     if let Some(api) = api {
         api.finish(outcome);
     }
+    observer.logger.finish();
     ExitCode::from(code)
 }
 
 fn run(
     arguments: &Arguments,
     clock: &Arc<PhaseClock>,
+    observer: &Observer,
     status: &mut StatusFile,
     api: &mut Option<Api>,
 ) -> Outcome {
-    start(arguments, clock, status, api).unwrap_or_else(|error| Outcome {
+    start(arguments, clock, observer, status, api).unwrap_or_else(|error| Outcome {
         platform: None,
         protected: false,
         exit_reason: error.reason(),
@@ -98,32 +105,38 @@ fn run(
 fn start(
     arguments: &Arguments,
     clock: &Arc<PhaseClock>,
+    observer: &Observer,
     status: &mut StatusFile,
     api: &mut Option<Api>,
 ) -> Result<Outcome, StartError> {
+    let metrics = &observer.metrics;
     let socket = arguments.api_sock.as_ref().map(Socket::new).transpose()?;
     let config = arguments.config_file.as_ref().map(read_config).transpose()?;
     check_id("--id", &arguments.id)?;
-    let signals = StopSignals::new().map_err(StartError::Signals)?;
+    let signals = StopSignals::new(metrics.signals.clone()).map_err(StartError::Signals)?;
     let mut inbox = None;
     if let Some(socket) = socket {
-        let (server, requests) = Api::start(socket, &arguments.id, arguments.http_api_max_payload_size)?;
+        let max_payload = arguments.http_api_max_payload_size;
+        let (server, requests) = Api::start(socket, &arguments.id, max_payload, metrics.api.clone())?;
         *api = Some(server);
         inbox = Some(requests);
         clock.reached("api");
+        metrics.api_started();
     }
     match (config, inbox) {
         (Some(config), inbox) => {
+            config.validate()?;
+            observer.configure(&config)?;
             let domain = Domain::launch(&config, clock)?;
-            domain.run(signals, status, inbox.map(|inbox| Remote { inbox, config, reply: None }))
+            domain.run(signals, status, inbox.map(|inbox| Remote { inbox, config, reply: None }), metrics)
         }
         (None, Some(inbox)) => {
             let client = status
                 .try_clone()
                 .map_err(|error| StartError::Internal("--status-file", error.to_string()))?;
-            let pre_boot = PreBoot::new(&arguments.id, clock.clone());
+            let pre_boot = PreBoot::new(&arguments.id, clock.clone(), observer.clone());
             let Started { domain, config, reply } = pre_boot.serve(&inbox, &signals, client.as_ref())?;
-            domain.run(signals, status, Some(Remote { inbox, config, reply: Some(reply) }))
+            domain.run(signals, status, Some(Remote { inbox, config, reply: Some(reply) }), metrics)
         }
         (None, None) => Err(StartError::Internal("--config-file", "is missing".to_owned())),
     }

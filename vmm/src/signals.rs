@@ -6,20 +6,38 @@ use std::io::{self, Read};
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
 
+use std::sync::Arc;
+
+use cofferdam_metrics::{Counter, group};
 use vmm_sys_util::signal::create_sigset;
 
 /// What asks for an orderly stop. One that whoever started the monitor had set to be ignored, as nohup(1)
 /// does, stays ignored.
 const STOP_SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 
+group! {
+    /// Of the signals that stop a domain.
+    pub struct SignalMetrics {
+        /// SIGHUPs
+        pub sighup: Counter,
+        /// SIGINTs
+        pub sigint: Counter,
+        /// SIGTERMs
+        pub sigterm: Counter,
+    }
+}
+
 /// Arrivals of the stop signals.
-pub struct StopSignals(File);
+pub struct StopSignals {
+    file: File,
+    metrics: Arc<SignalMetrics>,
+}
 
 impl StopSignals {
     /// Blocks the stop signals on this thread, and so on all that it starts, and ignores `SIGPIPE` and `SIGXFSZ`:
     /// a reader that went away, or a file that may not grow (`RLIMIT_FSIZE`), is an error of the write. To be called
-    /// before the first thread is started.
-    pub fn new() -> io::Result<Self> {
+    /// before the first thread is started. Signals are counted in `metrics`.
+    pub fn new(metrics: Arc<SignalMetrics>) -> io::Result<Self> {
         let signals: Vec<i32> = STOP_SIGNALS.into_iter().filter(|signal| !is_ignored(*signal)).collect();
         let set = create_sigset(&signals)?;
         // SAFETY: `set` lives through the call, and nobody wants to know the old mask.
@@ -37,15 +55,23 @@ impl StopSignals {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the descriptor is new and nobody else's.
-        Ok(Self(unsafe { File::from_raw_fd(fd) }))
+        let file = unsafe { File::from_raw_fd(fd) };
+        Ok(Self { file, metrics })
     }
 
     /// The number of signals that have arrived since the last call.
     pub fn take(&self) -> usize {
         let mut buffer = [0; size_of::<libc::signalfd_siginfo>()];
         let mut arrived = 0_usize;
-        while (&self.0).read(&mut buffer).is_ok_and(|length| length == buffer.len()) {
+        while (&self.file).read(&mut buffer).is_ok_and(|length| length == buffer.len()) {
             arrived = arrived.saturating_add(1);
+            // `ssi_signo` is the first field.
+            match buffer.first_chunk().map(|signal| i32::from_ne_bytes(*signal)) {
+                Some(libc::SIGHUP) => self.metrics.sighup.count(),
+                Some(libc::SIGINT) => self.metrics.sigint.count(),
+                Some(libc::SIGTERM) => self.metrics.sigterm.count(),
+                _ => {}
+            }
         }
         arrived
     }
@@ -62,13 +88,13 @@ fn is_ignored(signal: i32) -> bool {
 
 impl AsFd for StopSignals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.file.as_fd()
     }
 }
 
 impl AsRawFd for StopSignals {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.file.as_raw_fd()
     }
 }
 
@@ -84,18 +110,21 @@ pub(crate) mod tests {
 
     #[test]
     fn signals_that_were_blocked_already_are_no_error() {
-        StopSignals::new().unwrap();
-        let signals = StopSignals::new().unwrap();
+        StopSignals::new(Arc::default()).unwrap();
+        let signals = StopSignals::new(Arc::default()).unwrap();
         raise(libc::SIGTERM);
         assert_eq!(signals.take(), 1);
     }
 
     #[test]
     fn signals_are_kept_until_they_are_taken() {
-        let signals = StopSignals::new().unwrap();
+        let metrics = Arc::<SignalMetrics>::default();
+        let signals = StopSignals::new(metrics.clone()).unwrap();
         assert_eq!(signals.take(), 0);
         STOP_SIGNALS.into_iter().for_each(raise);
         assert_eq!(signals.take(), STOP_SIGNALS.len());
+        let counted = [&metrics.sighup, &metrics.sigint, &metrics.sigterm].map(Counter::total);
+        assert_eq!(counted, [1; 3]);
         assert_eq!(signals.take(), 0);
     }
 }

@@ -30,6 +30,7 @@ use crate::board::BoardError;
 use crate::boot::{BootError, BootFiles, BootPlan, Protocol};
 use crate::memory::MemoryError;
 use crate::metrics::DeviceMetrics;
+use crate::observer::ObserveError;
 
 /// Where KVM is.
 const KVM_DEVICE: &str = "/dev/kvm";
@@ -61,6 +62,9 @@ pub enum StartError {
     /// The API cannot be had.
     #[error(transparent)]
     Api(#[from] ApiError),
+    /// Log or metrics cannot go where they are to.
+    #[error(transparent)]
+    Observe(#[from] ObserveError),
     /// The configuration is wrong in itself.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -133,6 +137,7 @@ impl StartError {
             Self::ConfigFile { .. }
             | Self::BadConfigFile { .. }
             | Self::Api(_)
+            | Self::Observe(_)
             | Self::Config(_)
             | Self::Host(_)
             | Self::Boot(_)

@@ -1,6 +1,7 @@
 use serde_json::{Value, json};
 
 use super::*;
+use crate::observe::LogLevel;
 use crate::openapi::DOCUMENT;
 
 const CONFIG: &str = r#"{"boot-source": {"kernel_image_path": "k"}}"#;
@@ -34,6 +35,22 @@ fn requests_are_actions() {
         ("GET /host", "", VmmAction::GetHost),
         ("PUT /actions", r#"{"action_type": "InstanceStart"}"#, VmmAction::Start),
         ("PUT /actions", r#"{"action_type": "SendCtrlAltDel"}"#, VmmAction::PressPowerButton),
+        ("PUT /actions", r#"{"action_type": "FlushMetrics"}"#, VmmAction::FlushMetrics),
+        ("GET /metrics", "", VmmAction::GetMetrics),
+        (
+            "PUT /metrics",
+            r#"{"metrics_path": "m"}"#,
+            VmmAction::PutMetrics(MetricsConfig { metrics_path: "m".into() }),
+        ),
+        (
+            "PUT /logger",
+            r#"{"level": "DEBUG", "show_level": true}"#,
+            VmmAction::PutLogger(LoggerConfig {
+                level: Some(LogLevel::Debug),
+                show_level: Some(true),
+                ..LoggerConfig::default()
+            }),
+        ),
         ("PATCH /vm", r#"{"state": "Paused"}"#, VmmAction::Pause),
         ("PATCH /vm", r#"{"state": "Resumed"}"#, VmmAction::Resume),
         ("PUT /vm", CONFIG, VmmAction::PutConfig(config.clone())),
@@ -94,13 +111,10 @@ fn what_there_is_not_is_refused_with_a_message() {
         "PUT /hotplug/memory",
         "PUT /cpu-config",
         "PUT /entropy",
-        "PUT /logger",
-        "PUT /metrics",
     ] {
         let message = refusal(request, "{}");
         assert!(message.contains("not supported by this monitor; "), "{request}: {message}");
     }
-    assert!(refusal("PUT /actions", r#"{"action_type": "FlushMetrics"}"#).contains("not supported"));
 }
 
 #[test]

@@ -12,6 +12,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A server, whose monitor keeps those that wait and refuses everything but `GET /version`.
 struct Fixture {
     server: Option<Server>,
+    metrics: Arc<ApiMetrics>,
     waiting: Arc<Mutex<Vec<Reply>>>,
     path: PathBuf,
     _directory: tempfile::TempDir,
@@ -27,12 +28,14 @@ impl Fixture {
         let deliver = move |envelope: Envelope| match envelope.action {
             VmmAction::Wait => kept.lock().unwrap().push(envelope.reply),
             VmmAction::GetVersion => envelope.reply.send(Ok(VmmData::Version(Version::this()))),
+            VmmAction::GetMetrics => envelope.reply.send(Ok(VmmData::Metrics("text".to_owned()))),
             VmmAction::PutSerial(_) => envelope.reply.send(Ok(VmmData::Empty)),
             VmmAction::Stop(_) => drop(envelope.reply),
             _ => envelope.reply.send(Err(ActionError::BeforeStart)),
         };
-        let server = Server::start(listener, 1000, Arc::new(deliver)).unwrap();
-        Self { server: Some(server), waiting, path, _directory: directory }
+        let metrics = Arc::<ApiMetrics>::default();
+        let server = Server::start(listener, 1000, metrics.clone(), Arc::new(deliver)).unwrap();
+        Self { server: Some(server), metrics, waiting, path, _directory: directory }
     }
 
     fn connect(&self) -> Client {
@@ -48,9 +51,9 @@ impl Fixture {
     }
 
     fn wait_for_waiters(&self, count: usize) {
-        let end = std::time::Instant::now() + PATIENCE;
+        let end = Instant::now() + PATIENCE;
         while self.waiting.lock().unwrap().len() < count {
-            assert!(std::time::Instant::now() < end, "nobody waits");
+            assert!(Instant::now() < end, "nobody waits");
             thread::sleep(Duration::from_millis(1));
         }
     }
@@ -192,13 +195,13 @@ fn when_all_wait_one_more_is_told_so() {
     assert_eq!(server.connect().answer().0, 503);
     // Who goes makes room.
     waiting.pop();
-    let end = std::time::Instant::now() + PATIENCE;
+    let end = Instant::now() + PATIENCE;
     loop {
         let mut client = server.connect();
         client.send("GET /version", "");
         match client.answer().0 {
             200 => break,
-            status => assert!(status == 503 && std::time::Instant::now() < end, "{status}"),
+            status => assert!(status == 503 && Instant::now() < end, "{status}"),
         }
     }
 }
@@ -223,4 +226,54 @@ fn the_end_sends_answers_under_way() {
     assert_eq!(waiting.answer().0, 200);
     assert!(idle.is_closed());
     assert!(Stream::connect(&server.path).is_err());
+}
+
+#[test]
+fn requests_are_counted_by_route_and_result() {
+    let fixture = Fixture::new();
+    fixture.ask("GET /version", "");
+    fixture.ask("PUT /serial", "{}");
+    fixture.ask("PUT /serial", "{");
+    fixture.ask("PUT /actions", r#"{"action_type": "InstanceStart"}"#);
+    fixture.ask("GET /nothing", "");
+    fixture.ask("PUT /serial", &" ".repeat(1001));
+    let groups = fixture.metrics.groups();
+    let count = |group: &str, field: &str| {
+        let group = groups.iter().find(|other| other.family == group).unwrap();
+        let field = group.fields.iter().find(|other| other.name == field).unwrap();
+        match field.reading {
+            cofferdam_metrics::Reading::Counter(count) => count,
+            ref other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(count("get_api_requests", "vmm_version_count"), 1);
+    assert_eq!(count("get_api_requests", "vmm_version_fails"), 0);
+    assert_eq!(
+        (count("put_api_requests", "serial_count"), count("put_api_requests", "serial_fails")),
+        (2, 1)
+    );
+    assert_eq!(
+        (count("put_api_requests", "actions_count"), count("put_api_requests", "actions_fails")),
+        (1, 1)
+    );
+    assert_eq!(count("api_server", "invalid_requests_count"), 2);
+    let times = fixture.metrics.server.requests_agg.distribution();
+    assert_eq!(times.counts.iter().sum::<u64>(), 5);
+}
+
+#[test]
+fn metrics_are_text() {
+    let fixture = Fixture::new();
+    let mut client = fixture.connect();
+    client.send("GET /metrics", "");
+    let mut answer = String::new();
+    while !answer.ends_with("text") {
+        assert_ne!(client.0.read_line(&mut answer).unwrap(), 0, "{answer}");
+        if answer.ends_with("\r\n\r\n") {
+            let mut body = [0; 4];
+            client.0.read_exact(&mut body).unwrap();
+            answer.push_str(std::str::from_utf8(&body).unwrap());
+        }
+    }
+    assert!(answer.contains("content-type: text/plain; version=0.0.4"), "{answer}");
 }

@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use cofferdam_firmware::layout::{
     EVENT_POWER_BUTTON, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, SLEEP_TYPE_S5,
 };
+use cofferdam_metrics::{Counter, group};
 
 use super::{GuestRequests, bytes_at, bytes_at_mut};
 use crate::bus::BusDevice;
@@ -75,21 +76,36 @@ impl BusDevice for SleepRegisters {
     }
 }
 
+group! {
+    /// Of the power button.
+    pub struct PowerMetrics {
+        /// Presses of the power button
+        pub button_count: Counter,
+    }
+}
+
 /// The generic event device, whose only event is the power button.
 pub struct PowerButton {
     line: Arc<dyn InterruptLine>,
     pending: AtomicU32,
+    metrics: Arc<PowerMetrics>,
 }
 
 impl PowerButton {
     /// A button that raises `line` when pressed.
     pub fn new(line: Arc<dyn InterruptLine>) -> Self {
-        Self { line, pending: AtomicU32::new(0) }
+        Self { line, pending: AtomicU32::new(0), metrics: Arc::default() }
+    }
+
+    /// What is counted here.
+    pub fn metrics(&self) -> Arc<PowerMetrics> {
+        self.metrics.clone()
     }
 
     /// Presses the button: asks the guest's operating system for an orderly power-off. The press stays
     /// pending even if the interrupt cannot be raised.
     pub fn press(&self) -> io::Result<()> {
+        self.metrics.button_count.count();
         self.pending.fetch_or(EVENT_POWER_BUTTON, Ordering::AcqRel);
         self.line.trigger()
     }
@@ -165,7 +181,7 @@ mod tests {
         assert_eq!(read(), 0);
         device.press().unwrap();
         device.press().unwrap();
-        assert_eq!(edges.take(), 2);
+        assert_eq!((edges.take(), device.metrics().button_count.total()), (2, 2));
         device.write(0, &[0; 4]);
         assert_eq!(read(), EVENT_POWER_BUTTON);
         assert_eq!(read(), 0);

@@ -15,6 +15,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cofferdam_api::actions::{ActionError, ActionResult, VmmData};
+use cofferdam_api::metrics::ApiMetrics;
 use cofferdam_api::server::{Envelope, Reply, Server};
 use cofferdam_api::status::{InstanceInfo, Outcome, VmState, VmStatus};
 use cofferdam_confidential::host::survey::Survey;
@@ -81,9 +82,14 @@ pub struct Api {
 }
 
 impl Api {
-    /// Serves the clients of `socket`, who ask for domain `id`. To be called when signals are blocked, which
+    /// Serves the clients of `socket`, who ask for domain `id`, and counts in `metrics`. To be called when signals are blocked, which
     /// are the main thread's.
-    pub fn start(socket: Socket, id: &str, max_payload: usize) -> Result<(Self, Inbox), ApiError> {
+    pub fn start(
+        socket: Socket,
+        id: &str,
+        max_payload: usize,
+        metrics: Arc<ApiMetrics>,
+    ) -> Result<(Self, Inbox), ApiError> {
         let (sender, envelopes) = mpsc::channel();
         let ready = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map_err(|error| ApiError::Server(error.into()))?;
@@ -95,8 +101,8 @@ impl Api {
             // It fails only when the counter is full, and then the main thread is awake.
             let _ = rustix::io::write(&bell, &1_u64.to_ne_bytes());
         };
-        let server =
-            Server::start(socket.listener, max_payload, Arc::new(deliver)).map_err(ApiError::Server)?;
+        let server = Server::start(socket.listener, max_payload, metrics, Arc::new(deliver))
+            .map_err(ApiError::Server)?;
         let waiters = Waiters::default();
         let inbox = Inbox { id: id.to_owned(), envelopes, ready, waiters: waiters.clone() };
         Ok((Self { id: id.to_owned(), waiters, _server: server, _file: socket.file }, inbox))

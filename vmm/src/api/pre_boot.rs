@@ -1,5 +1,6 @@
 //! Before the start: the configuration is put together.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use rustix::io::Errno;
 
 use super::{Inbox, instance, survey};
 use crate::domain::Domain;
+use crate::observer::Observer;
 use crate::phases::PhaseClock;
 use crate::signals::StopSignals;
 use crate::start::StartError;
@@ -23,6 +25,7 @@ pub struct PreBoot {
     id: String,
     draft: Draft,
     clock: Arc<PhaseClock>,
+    observer: Observer,
 }
 
 /// A domain that a client has started.
@@ -50,8 +53,8 @@ pub(super) enum Step {
 
 impl PreBoot {
     /// Of a monitor whose domain is called `id`.
-    pub fn new(id: &str, clock: Arc<PhaseClock>) -> Self {
-        Self { id: id.to_owned(), draft: Draft::default(), clock }
+    pub fn new(id: &str, clock: Arc<PhaseClock>, observer: Observer) -> Self {
+        Self { id: id.to_owned(), draft: Draft::default(), clock, observer }
     }
 
     /// Serves clients until one has started the domain. A launch that fails changes nothing but its files.
@@ -94,29 +97,50 @@ impl PreBoot {
                 Ok(config) => return Step::Launch(Box::new(config)),
                 Err(error) => Err(error),
             },
-            VmmAction::StartWith(config) => match config.validate() {
+            VmmAction::StartWith(config) => match self.observe(&config) {
                 Ok(()) => return Step::Launch(config),
-                Err(error) => Err(error.into()),
+                Err(error) => Err(error),
             },
             VmmAction::Stop(_) => return Step::Stop,
             VmmAction::Wait => return Step::Wait,
-            VmmAction::PutConfig(config) => changed(self.draft.put_config(*config)),
+            VmmAction::PutConfig(config) => {
+                self.observe(&config).and_then(|()| changed(self.draft.put_config(*config)))
+            }
             VmmAction::PutMachine(machine) => changed(self.draft.put_machine(machine)),
             VmmAction::PatchMachine(patch) => changed(self.draft.patch_machine(patch)),
             VmmAction::PutBoot(boot) => changed(self.draft.put_boot(boot)),
             VmmAction::PutDrive(drive) => changed(self.draft.put_drive(drive)),
             VmmAction::PutVsock(vsock) => changed(self.draft.put_vsock(vsock)),
             VmmAction::PutSerial(serial) => changed(self.draft.put_serial(serial)),
-            VmmAction::PatchDrive(_) | VmmAction::PressPowerButton | VmmAction::Pause | VmmAction::Resume => {
-                Err(ActionError::BeforeStart)
+            VmmAction::PutLogger(config) => {
+                let done = config.validate().map_err(ActionError::from);
+                done.and_then(|()| self.observer.logger.configure(&config).map_err(failed))
+                    .map(|()| VmmData::Empty)
             }
+            VmmAction::PutMetrics(config) => {
+                let done = config.validate().map_err(ActionError::from);
+                done.and_then(|()| self.observer.metrics.configure(&config).map_err(failed))
+                    .map(|()| VmmData::Empty)
+            }
+            VmmAction::PatchDrive(_)
+            | VmmAction::PressPowerButton
+            | VmmAction::Pause
+            | VmmAction::Resume
+            | VmmAction::FlushMetrics => Err(ActionError::BeforeStart),
             VmmAction::GetInstance => Ok(instance(&self.id, VmState::NotStarted)),
             VmmAction::GetVersion => Ok(VmmData::Version(Version::this())),
             VmmAction::GetConfig => Ok(VmmData::Config(Box::new(self.draft.clone()))),
             VmmAction::GetMachine => Ok(VmmData::Machine(self.draft.machine().clone())),
             VmmAction::GetStatus => Ok(VmmData::Status(Box::new(self.status()))),
             VmmAction::GetHost => survey(),
+            VmmAction::GetMetrics => Ok(VmmData::Metrics(self.observer.metrics.prometheus())),
         })
+    }
+
+    /// Has log and metrics go where a good configuration says.
+    fn observe(&self, config: &DomainConfig) -> Result<(), ActionError> {
+        config.validate()?;
+        self.observer.configure(config).map_err(failed)
     }
 
     fn status(&self) -> VmStatus {
@@ -131,6 +155,10 @@ impl PreBoot {
             phases: self.clock.phases(),
         }
     }
+}
+
+fn failed(error: impl Display) -> ActionError {
+    ActionError::Failed(error.to_string())
 }
 
 fn changed(result: Result<(), ConfigError>) -> ActionResult {

@@ -2,6 +2,7 @@
 //! the domain's event loop.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use cofferdam_api::actions::{ActionError, ActionResult, Version, VmmAction, VmmData};
 use cofferdam_api::draft::Draft;
@@ -10,6 +11,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::{Inbox, instance, survey};
 use crate::control::Control;
+use crate::metrics::Metrics;
 use crate::phases::PhaseClock;
 use crate::supervisor::Supervisor;
 
@@ -29,6 +31,8 @@ pub struct RunTime {
     pub control: Arc<Control>,
     /// What holds and stops it.
     pub supervisor: Arc<Mutex<Supervisor>>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
 }
 
 impl RunTime {
@@ -37,9 +41,16 @@ impl RunTime {
         Some(match action {
             VmmAction::Pause => self.pause(),
             VmmAction::Resume => {
+                let start = Instant::now();
                 self.supervise(Supervisor::resume);
+                self.metrics.vmm.resume_count.count();
+                self.metrics.latencies.resume_vm.set(start.elapsed());
                 Ok(VmmData::Empty)
             }
+            VmmAction::FlushMetrics => match self.metrics.flush() {
+                Ok(()) => Ok(VmmData::Empty),
+                Err(error) => Err(ActionError::Failed(error.to_string())),
+            },
             VmmAction::PressPowerButton => match self.supervise(|supervisor| supervisor.press_power_button())
             {
                 Ok(()) => Ok(VmmData::Empty),
@@ -59,13 +70,16 @@ impl RunTime {
             | VmmAction::PutBoot(_)
             | VmmAction::PutDrive(_)
             | VmmAction::PutVsock(_)
-            | VmmAction::PutSerial(_) => Err(ActionError::AfterStart),
+            | VmmAction::PutSerial(_)
+            | VmmAction::PutLogger(_)
+            | VmmAction::PutMetrics(_) => Err(ActionError::AfterStart),
             VmmAction::GetInstance => Ok(instance(&self.inbox.id, self.state())),
             VmmAction::GetVersion => Ok(VmmData::Version(Version::this())),
             VmmAction::GetConfig => Ok(VmmData::Config(Box::new(self.config.clone()))),
             VmmAction::GetMachine => Ok(VmmData::Machine(self.config.machine().clone())),
             VmmAction::GetStatus => Ok(VmmData::Status(Box::new(self.status()))),
             VmmAction::GetHost => survey(),
+            VmmAction::GetMetrics => Ok(VmmData::Metrics(self.metrics.prometheus())),
         })
     }
 
@@ -74,7 +88,10 @@ impl RunTime {
     }
 
     fn pause(&self) -> ActionResult {
+        let start = Instant::now();
         if self.supervise(Supervisor::pause) {
+            self.metrics.vmm.pause_count.count();
+            self.metrics.latencies.pause_vm.set(start.elapsed());
             return Ok(VmmData::Empty);
         }
         Err(ActionError::Failed("the vCPUs did not leave the guest in time; they run again".to_owned()))

@@ -13,6 +13,9 @@ use super::*;
 use crate::board::Buses;
 use crate::control::Control;
 use crate::gate::Gate;
+use crate::logger::Logger;
+use crate::metrics::Metrics;
+use crate::observer::Observer;
 use crate::phases::PhaseClock;
 use crate::signals::StopSignals;
 use crate::supervisor::Supervisor;
@@ -68,6 +71,10 @@ const TABLE: &[(&str, &str, [Is; 3])] = &[
     ("PATCH /drives/d", r#"{"drive_id": "d", "path_on_host": "p"}"#, [TooEarly, Refused, Refused]),
     ("PUT /vsock", r#"{"guest_cid": 3, "uds_path": "v"}"#, [Done, TooLate, TooLate]),
     ("PUT /serial", "{}", [Done, TooLate, TooLate]),
+    ("PUT /logger", r#"{"level": "Off"}"#, [Done, TooLate, TooLate]),
+    ("PUT /metrics", r#"{"metrics_path": "/dev/null"}"#, [Done, TooLate, TooLate]),
+    ("GET /metrics", "", [Told; 3]),
+    ("PUT /actions", r#"{"action_type": "FlushMetrics"}"#, [TooEarly, Done, Done]),
     ("PUT /vm", CONFIG, [Done, TooLate, TooLate]),
     ("PUT /vm?start=true", CONFIG, [Launch, TooLate, TooLate]),
     ("PUT /actions", r#"{"action_type": "InstanceStart"}"#, [Launch, TooLate, TooLate]),
@@ -102,7 +109,9 @@ fn config() -> DomainConfig {
 }
 
 fn pre_boot() -> PreBoot {
-    PreBoot::new("i", Arc::new(PhaseClock::new(None)))
+    let (clock, logger) = (Arc::new(PhaseClock::new(None)), Arc::new(Logger::new("i")));
+    let metrics = Arc::new(Metrics::new(clock.clone(), logger.metrics()));
+    PreBoot::new("i", clock, Observer { logger, metrics })
 }
 
 fn run_time() -> RunTime {
@@ -119,9 +128,10 @@ fn run_time() -> RunTime {
     };
     let vcpus = Vcpus::start(Vec::new(), Arc::new(shared)).unwrap();
     let button = Arc::new(PowerButton::new(Arc::new(Line)));
-    let signals = StopSignals::new().unwrap();
+    let signals = StopSignals::new(Arc::default()).unwrap();
     let timeout = Duration::from_secs(3600);
     let supervisor = Supervisor::new(control.clone(), vcpus, signals, button, timeout, None).unwrap();
+    let metrics = Arc::new(Metrics::new(clock.clone(), Arc::default()));
     RunTime {
         inbox,
         config: config().into(),
@@ -130,6 +140,7 @@ fn run_time() -> RunTime {
         clock,
         control,
         supervisor: Arc::new(Mutex::new(supervisor)),
+        metrics,
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use cofferdam_devices::platform::i8042::I8042Metrics;
 use cofferdam_devices::platform::ioapic::InterruptMetrics;
+use cofferdam_devices::platform::power::PowerMetrics;
 use cofferdam_devices::platform::serial::UartMetrics;
 use cofferdam_devices::virtio::TransportMetrics;
 use cofferdam_devices::virtio::block::BlockMetrics;
@@ -25,6 +26,8 @@ pub struct DeviceMetrics {
     pub uart: Arc<UartMetrics>,
     /// The i8042.
     pub i8042: Arc<I8042Metrics>,
+    /// The power button.
+    pub power: Arc<PowerMetrics>,
     /// The I/O APIC.
     pub interrupts: Arc<InterruptMetrics>,
     /// vCPUs by number.

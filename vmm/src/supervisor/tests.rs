@@ -52,7 +52,7 @@ impl Domain {
         });
         let vcpus = Vcpus::start(Vec::new(), shared.clone()).unwrap();
         let power_button = Arc::new(PowerButton::new(Arc::new(Line)));
-        let signals = StopSignals::new().unwrap();
+        let signals = StopSignals::new(Arc::default()).unwrap();
         let supervisor =
             Supervisor::new(control.clone(), vcpus, signals, power_button.clone(), stop_timeout, client);
         let supervisor = Arc::new(Mutex::new(supervisor.unwrap()));

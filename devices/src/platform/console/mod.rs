@@ -24,7 +24,6 @@
 //! The monitor ignores SIGPIPE.
 
 pub(super) mod queue;
-mod sink;
 mod source;
 
 use std::io;
@@ -40,11 +39,11 @@ use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::queue::{CAPACITY, OutputQueue};
-use self::sink::{CHUNK, Sink};
 use self::source::Source;
 use super::lock;
 use super::serial::SerialPort;
 use crate::interrupt::InterruptLine;
+use crate::sink::{CHUNK, Sink};
 
 /// How long the event loop lets output gather before it looks again.
 const LINGER: Duration = Duration::from_millis(2);

@@ -1,4 +1,4 @@
-//! The descriptor that console output goes to, written without ever blocking.
+//! A descriptor that the console, the log or the metrics go to, written without ever blocking.
 //!
 //! It may be anything that a shell or a service manager left on standard output,
 //! and its file description may be shared with other processes, so O_NONBLOCK
@@ -26,9 +26,14 @@ pub struct Sink {
 }
 
 impl Sink {
-    /// Writes to `descriptor`.
+    /// Writes to `descriptor`, which may be shared with other processes.
     pub fn new(descriptor: OwnedFd) -> Self {
         Self { file: private_description(&descriptor).unwrap_or(descriptor).into() }
+    }
+
+    /// Writes to `file`, which this process has opened itself, with `O_NONBLOCK`.
+    pub fn own(file: File) -> Self {
+        Self { file }
     }
 
     /// Writes some of the first [`CHUNK`] bytes of `bytes` if that is possible within `patience`, and says how
