@@ -79,8 +79,11 @@ pub enum Command {
 /// Where domains are found.
 #[derive(Debug, Args)]
 pub struct Place {
-    /// The run directory [default: $COFFERDAM_RUN_DIR, else /run/cofferdam for root, $XDG_RUNTIME_DIR/cofferdam for
-    /// others, /tmp/cofferdam-<user id> without that]
+    /// Where the entries of domains are [default: $COFFERDAM_RUN_DIR, else by user]
+    ///
+    /// Without both it is /run/cofferdam for root, $XDG_RUNTIME_DIR/cofferdam for other users, and
+    /// /tmp/cofferdam-<user id> for those who have no such directory. It is made if need be, and refused if others
+    /// can enter it.
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
 }
@@ -103,8 +106,11 @@ pub struct Target {
     pub place: Place,
 }
 
-const CONTROL_CODES: &str = "Exit code: 0 if it is done, 124 if the monitor refuses or does not answer, 125 if \
-there is no such domain.";
+const CONTROL_CODES: &str = "\
+Exit codes:
+  0    done
+  124  the monitor refuses, does not answer or does not end
+  125  there is no such domain";
 
 /// `cofferdam ps`.
 #[derive(Debug, Args)]
@@ -134,7 +140,7 @@ pub struct LogsArgs {
 /// `cofferdam stop`.
 #[derive(Debug, Args)]
 pub struct StopArgs {
-    /// Time that the domain has to power off before it is stopped hard, 0 for at once [default: its --stop-timeout]
+    /// Time until a hard stop, 0 for at once [default: its --stop-timeout]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub timeout: Option<Duration>,
     /// Which domain.
@@ -142,8 +148,9 @@ pub struct StopArgs {
     pub target: Target,
 }
 
-const WAIT_CODES: &str = "Exit code: as that of `cofferdam run`; 124 also if the monitor ends without a word or does \
-not answer, 125 also if there is no such domain.";
+const WAIT_CODES: &str = "\
+Exit code: that of `cofferdam run`; 124 also if the monitor does not answer,
+125 also if there is no such domain.";
 
 /// `cofferdam wait`.
 #[derive(Debug, Args)]

@@ -145,12 +145,13 @@ pub fn stop(args: &StopArgs) -> u8 {
     done(Domain::find(&args.target).and_then(|domain| {
         let message = match stop_and_wait(&domain, args.timeout) {
             Ok(status) => status.message,
-            // It was faster, or its last words were lost.
+            // It was faster.
             Err(Failure::Ended(_)) => None,
             Err(failure) => return Err(failure),
         };
         domain.wait_until_gone()?;
-        let message = message.unwrap_or_else(|| "it has stopped".to_owned());
+        let message =
+            message.unwrap_or_else(|| recorded(&args.target).unwrap_or_else(without_a_word).message);
         print(&format!("domain {}: {message}\n", domain.entry.id));
         Ok(())
     }))
@@ -188,9 +189,10 @@ pub fn wait(args: &WaitArgs) -> u8 {
 }
 
 fn wait_for(target: &Target) -> Result<Outcome, Failure> {
-    let record = || RunDir::record(&target.place.path(), &target.id);
     let domain = match Domain::find(target) {
-        Err(failure @ Failure::Place(RunDirError::NotFound { .. })) => return record().ok_or(failure),
+        Err(failure @ Failure::Place(RunDirError::NotFound { .. })) => {
+            return recorded(target).ok_or(failure);
+        }
         found => found?,
     };
     let answer = match domain.ask(|client| client.wait(None)) {
@@ -199,7 +201,12 @@ fn wait_for(target: &Target) -> Result<Outcome, Failure> {
         Err(failure) => return Err(failure),
     };
     domain.wait_until_gone()?;
-    Ok(answer.or_else(record).unwrap_or_else(without_a_word))
+    Ok(answer.or_else(|| recorded(target)).unwrap_or_else(without_a_word))
+}
+
+/// How a domain ended, if that is kept.
+fn recorded(target: &Target) -> Option<Outcome> {
+    RunDir::record(&target.place.path(), &target.id)
 }
 
 fn outcome(status: VmStatus) -> Outcome {

@@ -188,7 +188,7 @@ fn two_domains_are_listed_inspected_held_and_stopped() {
 fn a_stop_with_no_time_is_hard_at_once() {
     let host = Host::new();
     host.detach("spin", "d", &["--stop-timeout", "1000m"]);
-    host.done(&["stop", "d", "--timeout", "0"]);
+    assert_eq!(host.done(&["stop", "d", "--timeout", "0"]), "domain d: stopped hard on request\n");
     assert_eq!(host.entries(), [""; 0]);
     assert_eq!(host.ask(&["wait", "d"]).status.code(), Some(143), "how it ended is kept");
 }
