@@ -88,9 +88,8 @@ fn execute(
         .map_err(|error| format!("the configuration has no form in JSON: {error}"))?;
     let socket = config.vsock.as_ref().map(|vsock| Socket::before(vsock.uds_path.clone()));
     let signals = Signals::catch().map_err(|error| format!("cannot catch signals: {error}"))?;
-    let run_dir = args.place.path();
     let words = |error: RunDirError| error.to_string();
-    let entry = RunDir::open_or_make(&run_dir).and_then(|dir| dir.make_entry(id)).map_err(words)?;
+    let entry = RunDir::open_or_make(&args.place.path()).and_then(|dir| dir.make_entry(id)).map_err(words)?;
     let on_stdio = args.console == Console::Stdio;
     let input = if on_stdio && starter.is_none() { Input::look() } else { Input::Background };
     let terminal = match input {
@@ -116,7 +115,7 @@ fn execute(
         stderr: if starter.is_some() { Stdio::piped() } else { Stdio::inherit() },
     })?;
     // What can be done while the monitor starts is done now. Without facts `cofferdam ps` shows less.
-    let _ = entry.write_facts(Facts::now(monitor.id()));
+    let _ = entry.begin(Facts::now(monitor.id()));
     let log = |log| LogWriter::new(&entry.entry().dir, log).inspect_err(|error| not_kept(error, raw)).ok();
     let shows = starter.is_none();
     let screen = pipes.stdout.map(|pipe| Screen::new(pipe, log(Log::Console), shows));
@@ -133,15 +132,9 @@ fn execute(
         stop_timeout: args.stop_timeout,
         grace: GRACE,
     };
-    let ended = supervisor.run(|platform, protected| {
-        match &mut starter {
-            Some(starter) => starter.tell(&Event::Running { platform, protected }),
-            None => say_running(id, platform, protected, raw),
-        }
-        // The domain runs by now, and waits for nothing here.
-        if let Ok(Some(run_dir)) = RunDir::open(&run_dir) {
-            let _ = run_dir.sweep(id);
-        }
+    let ended = supervisor.run(|platform, protected| match &mut starter {
+        Some(starter) => starter.tell(&Event::Running { platform, protected }),
+        None => say_running(id, platform, protected, raw),
     });
     // Back from raw mode, before anything is said.
     drop(terminal);

@@ -242,9 +242,16 @@ impl OwnEntry {
         let _ = record::keep(&self.run_dir.dir, &self.entry.id, outcome);
     }
 
-    /// Writes down what is known of the monitor.
-    pub fn write_facts(&self, facts: Facts) -> io::Result<()> {
+    /// Removes what others have left in the run directory.
+    pub fn sweep(&self) {
+        // What cannot be looked at now, the next command looks at.
+        let _ = self.run_dir.live();
+    }
+
+    /// Writes down what is known of the monitor, and forgets how an earlier domain of the id ended.
+    pub fn begin(&self, facts: Facts) -> io::Result<()> {
         const NEW: &str = "domain.json.new";
+        record::forget(&self.run_dir.dir, &self.entry.id);
         let dir = &self.entry.dir;
         let file = openat(dir, NEW, FILE | OFlags::CREATE | OFlags::EXCL, Mode::RUSR | Mode::WUSR)?;
         File::from(file).write_all(&serde_json::to_vec(&facts)?)?;
@@ -329,12 +336,6 @@ impl RunDir {
             .map_err(|error| self.failed("lock", id, error))?;
         drop(gate);
         Ok(OwnEntry { entry, run_dir: self, lock })
-    }
-
-    /// Removes what others have left, and forgets how an earlier domain `id` ended.
-    pub fn sweep(&self, id: &str) -> Result<(), RunDirError> {
-        record::forget(&self.dir, id);
-        self.live().map(drop)
     }
 
     /// The entries of domains that live, by their ids. Those that were left behind are removed.

@@ -27,6 +27,8 @@ use crate::status::StatusReader;
 
 /// A good value for [`Supervisor::grace`]: the memory of a large domain takes seconds to free.
 pub const GRACE: Duration = Duration::from_secs(30);
+/// Time from the start of the domain until the run directory is swept: not when what is waited for is the guest.
+const SWEEP: Duration = Duration::from_secs(1);
 /// Time between two requests to stop at once.
 const REPEAT: Duration = Duration::from_millis(200);
 
@@ -90,6 +92,7 @@ struct Progress {
     platform: Option<(Platform, bool)>,
     outcome: Option<Outcome>,
     stop: Stop,
+    sweep_at: Option<Instant>,
     repeat_at: Option<Instant>,
     kill_at: Option<Instant>,
     killed: bool,
@@ -102,6 +105,7 @@ impl Supervisor {
             platform: None,
             outcome: None,
             stop: Stop::No,
+            sweep_at: Instant::now().checked_add(SWEEP),
             repeat_at: None,
             kill_at: None,
             killed: false,
@@ -125,6 +129,9 @@ impl Supervisor {
         };
         // Before anything waits for whoever reads what is shown.
         if let Some(entry) = self.entry.take() {
+            if progress.sweep_at.is_some() {
+                entry.sweep();
+            }
             entry.end(&outcome);
         }
         self.show_the_rest();
@@ -238,6 +245,9 @@ impl Supervisor {
     /// Does what is due.
     fn on_time(&self, progress: &mut Progress) {
         let now = Instant::now();
+        if progress.sweep_at.take_if(|at| *at <= now).is_some() {
+            self.entry.iter().for_each(OwnEntry::sweep);
+        }
         if progress.repeat_at.is_some_and(|at| at <= now) {
             self.ask(Stop::AtOnce, progress);
         }
@@ -302,7 +312,7 @@ impl Progress {
     }
 
     fn next_deadline(&self) -> Option<Instant> {
-        self.repeat_at.into_iter().chain(self.kill_at).min()
+        self.sweep_at.into_iter().chain(self.repeat_at).chain(self.kill_at).min()
     }
 
     /// The outcome of a monitor that ended without telling one.

@@ -43,7 +43,7 @@ impl Place {
     fn leave(&self, id: &str) {
         let entry = self.make(id).unwrap();
         drop(entry.listen().unwrap());
-        entry.write_facts(Facts::now(1)).unwrap();
+        entry.begin(Facts::now(1)).unwrap();
         let kept = entry.lock.try_clone().unwrap();
         let path = self.path().join(id);
         let moved = self.folder.path().join("moved");
@@ -112,7 +112,7 @@ fn an_entry_lives_as_long_as_its_owner() {
     let entry = place.make("d").unwrap();
     let listener = entry.listen().unwrap();
     assert_eq!(entry.entry().facts(), None);
-    entry.write_facts(Facts { pid: 5, start_us: 6 }).unwrap();
+    entry.begin(Facts { pid: 5, start_us: 6 }).unwrap();
     let run_dir = place.open();
     let [found] = &run_dir.live().unwrap()[..] else { panic!("one is there") };
     assert_eq!((found.id.as_str(), found.facts()), ("d", Some(Facts { pid: 5, start_us: 6 })));
@@ -202,7 +202,7 @@ fn starts_with_one_id_and_sweeps_at_once() {
                 scope.spawn(move || {
                     start.wait();
                     let mut made = 0;
-                    for _ in 0..200 {
+                    for _ in 0..500 {
                         if index == 0 {
                             place.open().live().unwrap();
                             continue;
