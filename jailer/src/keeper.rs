@@ -82,7 +82,7 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts the keeper, and waits until directory and cgroups are there.
+    /// Starts the keeper, which begins to make directory and cgroups.
     pub fn start(charge: &Charge<'_>) -> Result<Self, KeeperError> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
@@ -97,21 +97,15 @@ impl Keeper {
                 sys::exit(u8::from(result.is_err()))
             }
             Side::Parent(_, process) => {
-                let keeper = Self { socket: ours, process, place: charge.place.clone() };
                 drop(theirs);
-                match keeper.answer() {
-                    Ok(()) => Ok(keeper),
-                    Err(error) => {
-                        keeper.finish()?;
-                        Err(error)
-                    }
-                }
+                Ok(Self { socket: ours, process, place: charge.place.clone() })
             }
         }
     }
 
-    /// Puts the monitor into its cgroups and under the keeper's eyes.
+    /// Waits until directory and cgroups are there, and puts the monitor into them and under the keeper's eyes.
     pub fn admit(&self, pid: Pid) -> Result<(), KeeperError> {
+        self.answer()?;
         write(&self.socket, &pid.as_raw_nonzero().get().to_ne_bytes()).map_err(|_| KeeperError::Gone)?;
         self.answer()
     }
