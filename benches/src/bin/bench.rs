@@ -10,8 +10,8 @@ use cofferdam_tests::place;
 
 /// Numbers of runs: more make the medians steadier, and `make bench` longer.
 const STARTS: usize = 100;
-const JAILS: usize = 50;
-const CROWDS: usize = 5;
+const JAILS: usize = 100;
+const CROWDS: usize = 20;
 const BOOTS: usize = 5;
 const DEVICES: usize = 30;
 
