@@ -438,4 +438,6 @@ fn entry_vmsa() -> Vmsa {
 }
 
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;

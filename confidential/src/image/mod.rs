@@ -5,6 +5,7 @@
 
 pub mod compose;
 pub mod importer;
+pub mod inspect;
 pub mod manifest;
 #[cfg(test)]
 pub(crate) mod testing;
