@@ -139,23 +139,32 @@ impl Connection {
         self.write(format!("{head}{body}").as_bytes());
     }
 
-    /// Status and body of the next answer.
+    /// Status and JSON of the next answer.
     pub fn answer(&mut self) -> (u16, Value) {
+        let (status, _, body) = self.raw_answer();
+        let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).expect("JSON") };
+        (status, body)
+    }
+
+    /// Status, content type and body of the next answer.
+    pub fn raw_answer(&mut self) -> (u16, String, Vec<u8>) {
         let mut line = String::new();
         self.0.read_line(&mut line).expect("an answer");
         let status = line.split(' ').nth(1).unwrap_or_else(|| panic!("no status in {line:?}"));
         let status = status.parse().expect("a number");
-        let mut length = 0;
+        let (mut length, mut kind) = (0, String::new());
         while line != "\r\n" {
             line.clear();
             self.0.read_line(&mut line).expect("a header");
-            if let Some(value) = line.to_lowercase().strip_prefix("content-length:") {
+            let line = line.to_lowercase();
+            if let Some(value) = line.strip_prefix("content-length:") {
                 length = value.trim().parse().expect("a number");
+            } else if let Some(value) = line.strip_prefix("content-type:") {
+                kind = value.trim().to_owned();
             }
         }
         let mut body = vec![0; length];
         self.0.read_exact(&mut body).expect("a body");
-        let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).expect("JSON") };
-        (status, body)
+        (status, kind, body)
     }
 }

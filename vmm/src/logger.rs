@@ -163,7 +163,7 @@ impl Subscriber for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         let state = self.lock();
         let of_module = state.module.as_ref().is_none_or(|module| metadata.target().starts_with(module));
-        metadata.is_event() && *metadata.level() <= state.level && of_module
+        !metadata.is_span() && *metadata.level() <= state.level && of_module
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {

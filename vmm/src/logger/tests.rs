@@ -1,7 +1,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use tracing::{debug, error, info, subscriber, warn};
+use tracing::{Level, debug, enabled, error, info, subscriber, warn};
 
 use super::*;
 
@@ -87,6 +87,7 @@ fn levels_and_modules_are_chosen_and_can_be_changed() {
     assert_eq!(log.after(say).lines().count(), 2);
     log.logger.configure(&level(LogLevel::Debug)).unwrap();
     assert_eq!(log.after(say).lines().count(), 2 + 4);
+    log.after(|| assert!(enabled!(Level::DEBUG) && !enabled!(Level::TRACE)));
     log.logger.configure(&level(LogLevel::Off)).unwrap();
     assert_eq!(log.after(say).lines().count(), 6);
     // Without a level it is Info again.
