@@ -200,8 +200,11 @@ fn wait_for(target: &Target) -> Result<Outcome, Failure> {
         Err(Failure::Ended(_)) => None,
         Err(failure) => return Err(failure),
     };
-    domain.wait_until_gone()?;
-    Ok(answer.or_else(|| recorded(target)).unwrap_or_else(without_a_word))
+    let gone = domain.wait_until_gone();
+    match answer.or_else(|| recorded(target)) {
+        Some(outcome) => Ok(outcome),
+        None => gone.map(|()| without_a_word()),
+    }
 }
 
 /// How a domain ended, if that is kept.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use cofferdam_api::client::{Client, ClientError};
 use cofferdam_api::config::MachineConfig;
 use cofferdam_api::status::VmStatus;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
 use crate::args::PsArgs;
@@ -39,6 +40,9 @@ pub fn ps(args: &PsArgs) -> u8 {
 
 fn rows(args: &PsArgs) -> Result<Vec<Row>, Failure> {
     let Some(run_dir) = RunDir::open(&args.place.path())? else { return Ok(Vec::new()) };
+    // Each domain takes a descriptor.
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     let mut rows = Vec::new();
     for entries in run_dir.live()?.chunks(AT_ONCE) {
         rows.extend(thread::scope(|scope| {

@@ -350,7 +350,11 @@ impl RunDir {
             if check_id("", id).is_err() {
                 continue;
             }
-            let Ok(entry) = Entry::open(&self.dir, id) else { continue };
+            let entry = match Entry::open(&self.dir, id) {
+                Ok(entry) => entry,
+                Err(Errno::NOTDIR | Errno::LOOP) => continue,
+                Err(error) => return Err(self.failed("open", id, error)),
+            };
             match entry.is_live() {
                 Ok(true) => live.push(entry),
                 // One that cannot be removed is not shown, and the next command tries again.
