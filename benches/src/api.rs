@@ -19,6 +19,8 @@ const FIRST_REPLY: Subject =
     Subject { name: "start to first API reply", unit: "ms", better: Better::Lower, goal: Some(1.3) };
 const IDLE_MEMORY: Subject =
     Subject { name: "idle memory with API", unit: "MiB", better: Better::Lower, goal: Some(1.5) };
+const OWN_MEMORY: Subject =
+    Subject { name: "the same without pages of files", unit: "MiB", better: Better::Lower, goal: None };
 const ONE_SHOT: Subject = Subject {
     name: "PUT /vm?start=true to first instruction",
     unit: "ms",
@@ -35,11 +37,10 @@ const REST: Duration = Duration::from_millis(20);
 pub fn run(rounds: usize) -> Result<Vec<Row>> {
     let directory = tempfile::tempdir_in("/dev/shm")?;
     let sockets = Sockets::new(directory.path())?;
-    Ok(vec![
-        first_replies(&sockets, rounds)?,
-        idle_memory(&sockets)?,
-        one_shots(&sockets, &directory.path().join("status"), rounds)?,
-    ])
+    let mut rows = vec![first_replies(&sockets, rounds)?];
+    rows.extend(idle_memory(&sockets)?);
+    rows.push(one_shots(&sockets, &directory.path().join("status"), rounds)?);
+    Ok(rows)
 }
 
 /// A monitor that waits for its domain.
@@ -83,19 +84,24 @@ fn replied(command: &mut Command, sockets: &Sockets) -> Result<(Server, f64)> {
     Ok((server, time))
 }
 
-/// Resident sets. Pages of program files count in full, though all servers of a host share them.
-fn idle_memory(sockets: &Sockets) -> Result<Row> {
+/// Resident sets, in which pages of program files count in full, though all servers of a host share them; and those
+/// without, which each server has for itself.
+fn idle_memory(sockets: &Sockets) -> Result<[Row; 2]> {
     let measure = |command: &mut Command| {
         let (server, _) = replied(command, sockets)?;
         sleep(REST);
-        server.memory("VmRSS")
+        Ok((server.memory("VmRSS")?, server.memory("RssAnon")?))
     };
     let (ours, theirs) = in_turns(
         MEMORY_SAMPLES,
         || measure(&mut monitor(&sockets.path(SOCKET))),
         || measure(&mut small_server(&sockets.path(SOCKET))),
     )?;
-    Ok(IDLE_MEMORY.row(&ours, &theirs, "small-server"))
+    let row = |subject: Subject, of: fn(&(f64, f64)) -> f64| {
+        let column = |samples: &[(f64, f64)]| samples.iter().map(of).collect::<Vec<_>>();
+        subject.row(&column(&ours), &column(&theirs), "small-server")
+    };
+    Ok([row(IDLE_MEMORY, |sample| sample.0), row(OWN_MEMORY, |sample| sample.1)])
 }
 
 fn one_shots(sockets: &Sockets, status: &Path, rounds: usize) -> Result<Row> {
