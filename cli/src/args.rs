@@ -11,6 +11,7 @@ use cofferdam_api::config::{
 use cofferdam_api::validate::{ConfigError, VCPU_COUNT, check_id};
 
 use crate::drive::DriveArg;
+use crate::image::ImageCommand;
 use crate::run_dir;
 use crate::units::{parse_size, parse_time};
 
@@ -71,6 +72,9 @@ pub enum Command {
     Resume(Target),
     /// Wait until a domain ends, and exit with its exit code
     Wait(WaitArgs),
+    /// Image files: what hardware measures of them, and signatures
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// Questions about this machine
     #[command(subcommand)]
     Host(HostCommand),

@@ -7,6 +7,7 @@ mod control;
 mod detach;
 mod drive;
 mod host_check;
+mod image;
 mod inspect;
 mod kept;
 mod logs;
@@ -52,6 +53,7 @@ pub fn main() -> ExitCode {
             Command::Pause(target) => control::pause(&target),
             Command::Resume(target) => control::resume(&target),
             Command::Wait(args) => control::wait(&args),
+            Command::Image(command) => image::run(&command),
             Command::Host(HostCommand::Check { json }) => host_check::check(json),
         },
         Err(error) => usage(&error),

@@ -111,10 +111,29 @@ const DATA_MEASURED: u64 = 1;
 /// Bytes of a descriptor.
 const DESCRIPTOR_SIZE: usize = 0x100;
 
+/// Bits of an address inside a granule.
+const PAGE_SHIFT: u32 = 12;
+/// Bits of an address that one level of the translation table resolves.
+const LEVEL_BITS: u32 = 9;
+/// Up to that many bits more, KVM puts tables of the first level side by side instead of a level above them.
+const CONCATENATED_BITS: u32 = 4;
+
+/// Most levels of the translation table above the last one.
+const LEVELS_ABOVE: u32 = 3;
+
+/// The largest entry of a realm's translation table, as a power of two.
+fn largest_entry(ipa_bits: u8) -> u32 {
+    let table_bits = u32::from(ipa_bits).saturating_sub(PAGE_SHIFT.saturating_add(CONCATENATED_BITS));
+    let levels_above = table_bits.saturating_sub(1).checked_div(LEVEL_BITS).unwrap_or(0).min(LEVELS_ABOVE);
+    PAGE_SHIFT.saturating_add(levels_above.saturating_mul(LEVEL_BITS))
+}
+
 /// The measurement of a realm so far.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rim {
     hash: HashAlgorithm,
+    /// Size of the largest entry of the translation table, as a power of two.
+    largest_entry: u32,
     value: Measurement,
 }
 
@@ -122,7 +141,7 @@ impl Rim {
     /// That of a realm just made (RMI_REALM_CREATE).
     pub fn new(params: &RealmParams) -> Self {
         let hash = params.hash_algo;
-        Self { hash, value: hash.digest(&params.to_bytes()) }
+        Self { hash, largest_entry: largest_entry(params.ipa_bits), value: hash.digest(&params.to_bytes()) }
     }
 
     /// Adds the granule at intermediate physical address `ipa`, measured with its
@@ -148,10 +167,21 @@ impl Rim {
         self.extend(Event::Rec, &[&digest]);
     }
 
-    /// Adds one entry of the translation table whose memory became RAM, from
-    /// `base` up to `top` (RMI_RTT_INIT_RIPAS of RMM 1.0).
+    /// Makes the memory from `base` up to `top`, multiples of 4 KiB, the realm's RAM (RMI_RTT_INIT_RIPAS of RMM 1.0).
+    ///
+    /// The RMM measures one event for each entry of its translation table, and the
+    /// host calls it for the largest ones that fit, as KVM does.
     pub fn init_ripas(&mut self, base: u64, top: u64) {
-        self.extend(Event::Ripas, &[&base.to_le_bytes(), &top.to_le_bytes()]);
+        let mut start = base;
+        while let Some(left) = top.checked_sub(start).filter(|left| *left >= PAGE as u64) {
+            let mut shift = self.largest_entry;
+            while shift > PAGE_SHIFT && !(start.trailing_zeros() >= shift && left >> shift != 0) {
+                shift = shift.saturating_sub(LEVEL_BITS);
+            }
+            let end = start.saturating_add(1_u64.checked_shl(shift).unwrap_or(u64::MAX));
+            self.extend(Event::Ripas, &[&start.to_le_bytes(), &end.to_le_bytes()]);
+            start = end;
+        }
     }
 
     /// The measurement, without the zeroes behind a short digest.
@@ -294,7 +324,6 @@ mod tests {
     fn a_realm_of_kvmtool_under_rmm_1_0() {
         const RAM: u64 = 0x8000_0000;
         const RAM_END: u64 = 0xa000_0000;
-        const ENTRY: u64 = 0x20_0000;
         const DEVICE_TREE: u64 = 0x8fe0_0000;
         let mut firmware = [0; PAGE];
         firmware[..10].copy_from_slice(b"FW CONTENT");
@@ -308,9 +337,7 @@ mod tests {
                 num_wps: 5,
                 ..params(HashAlgorithm::Sha256)
             });
-            for base in (RAM..RAM_END).step_by(0x20_0000) {
-                rim.init_ripas(base, base + ENTRY);
-            }
+            rim.init_ripas(RAM, RAM_END);
             if let Some(firmware) = firmware {
                 rim.add_data(RAM, Some(firmware));
             }
@@ -400,6 +427,30 @@ mod tests {
             measurement.platform(&info(ImagePlatform::Snp, 1)),
             Err(CcaError::Platform(ImagePlatform::Snp))
         );
+    }
+
+    #[test]
+    fn memory_is_described_in_the_largest_entries() {
+        let sizes =
+            [(20, 12), (25, 12), (26, 21), (34, 21), (35, 30), (43, 30), (44, 39), (52, 39), (255, 39)];
+        for (ipa_bits, shift) in sizes {
+            assert_eq!(largest_entry(ipa_bits), shift, "{ipa_bits} bits");
+        }
+        let described = |ranges: &[(u64, u64)]| {
+            let mut rim = Rim::new(&params(HashAlgorithm::Sha256));
+            for (base, top) in ranges {
+                rim.init_ripas(*base, *top);
+            }
+            rim
+        };
+        let whole = described(&[(0x1f_f000, 0x8040_1000)]);
+        let mut parts = vec![(0x1f_f000, 0x20_0000)];
+        parts.extend((0x20_0000..0x4000_0000).step_by(0x20_0000).map(|base| (base, base + 0x20_0000)));
+        parts.extend([(0x4000_0000, 0x8000_0000), (0x8000_0000, 0x8020_0000)]);
+        parts.extend([(0x8020_0000, 0x8040_0000), (0x8040_0000, 0x8040_1000)]);
+        assert_eq!(whole, described(&parts));
+        // Less than a granule, nothing, and less than nothing.
+        assert_eq!(described(&[(0, 0xfff), (0x1000, 0x1000), (0x1000, 0)]), described(&[]));
     }
 
     /// The device tree of that realm.

@@ -12,12 +12,16 @@ use std::process::Command;
 use cofferdam_confidential::digest::snp::{LaunchDigest, SnpMeasurement, VMSA_GPA};
 use cofferdam_confidential::digest::tdx::TdxMeasurement;
 use cofferdam_confidential::digest::vmsa::{Segment, Vmsa};
+use cofferdam_confidential::igvm::reader::Igvm;
+use cofferdam_confidential::igvm::writer::Writer;
+use cofferdam_confidential::image::compose::{Blob, Options, Source, compose};
 use cofferdam_confidential::image::importer::{
     Content, ImagePlatform, Importer, Item, PAGE, PageKind, PageRun, Parameter, ParameterArea, ParameterKind,
     PlatformInfo, VcpuContext,
 };
+use cofferdam_confidential::image::walk::{Selection, walk};
 use firmware::Firmware;
-use igvm::{IgvmDirectiveHeader, IgvmInitializationHeader};
+use igvm::{IgvmDirectiveHeader, IgvmFile, IgvmInitializationHeader};
 use igvm_defs::{IGVM_VHS_PARAMETER_INSERT, IgvmPageDataFlags, IgvmPageDataType};
 use sev::measurement::snp::{SnpMeasurementArgs, snp_calc_launch_digest};
 use sev::measurement::vcpu_types::CpuType;
@@ -283,4 +287,54 @@ fn tdx_equals_the_igvm_crate() {
     }
     let expected = igvm::measurement::generate_tdx_measurement(&directives(&items), MASK).unwrap();
     assert_eq!(hex(&measurement.mrtd()), hex(&expected));
+}
+
+/// A whole image of ours, composed and from its file: the same digests, which are the `igvm` crate's for the file.
+#[test]
+fn a_composed_image_equals_the_igvm_crate() {
+    let mut kernel = vec![0x90; 70_001];
+    kernel[..0x400].fill(0);
+    kernel[0x1f1] = 1;
+    kernel[0x1fe..0x200].copy_from_slice(&0xaa55_u16.to_le_bytes());
+    kernel[0x201..0x208].copy_from_slice(b"\x6aHdrS\x0f\x02");
+    kernel[0x211] = 1;
+    kernel[0x22c..0x230].copy_from_slice(&0x7fff_ffff_u32.to_le_bytes());
+    kernel[0x230..0x234].copy_from_slice(&0x20_0000_u32.to_le_bytes());
+    kernel[0x234..0x238].copy_from_slice(&[1, 0, 1, 0]);
+    kernel[0x238..0x23c].copy_from_slice(&2047_u32.to_le_bytes());
+    kernel[0x258..0x260].copy_from_slice(&0x100_0000_u64.to_le_bytes());
+    kernel[0x260..0x264].copy_from_slice(&0x40_0000_u32.to_le_bytes());
+    let source = Source {
+        kernel: Blob::of(&kernel),
+        kernel_head: &kernel,
+        initrd: Some(Blob::of(b"an initrd")),
+        command_line: "console=ttyS0",
+    };
+    let composition = compose(&source, &Options::default()).unwrap();
+    let mut writer = Writer::default();
+    composition.walk(Selection::All, &mut writer).unwrap();
+    let mut file = Vec::new();
+    writer.write(&mut file).unwrap();
+    let theirs = IgvmFile::new_from_binary(&file, None).unwrap();
+    let ours = Igvm::new(&file).unwrap();
+    let mask = |platform| ours.platforms().iter().find(|info| info.platform == platform).unwrap().mask;
+
+    let (mut composed, mut read) = (SnpMeasurement::new(), SnpMeasurement::new());
+    composition.walk(Selection::One(ImagePlatform::Snp), &mut composed).unwrap();
+    walk(&ours, Selection::One(ImagePlatform::Snp), &mut read).unwrap();
+    let expected = igvm::measurement::generate_snp_measurement(
+        theirs.initializations(),
+        theirs.directives(),
+        mask(ImagePlatform::Snp),
+    );
+    assert_eq!(hex(&read.digest(1).unwrap()), hex(&expected.unwrap()));
+    assert_eq!(composed.digest(2), read.digest(2));
+    assert_ne!(read.digest(1), read.digest(2));
+
+    let (mut composed, mut read) = (TdxMeasurement::new(), TdxMeasurement::new());
+    composition.walk(Selection::One(ImagePlatform::Tdx), &mut composed).unwrap();
+    walk(&ours, Selection::One(ImagePlatform::Tdx), &mut read).unwrap();
+    let expected = igvm::measurement::generate_tdx_measurement(theirs.directives(), mask(ImagePlatform::Tdx));
+    assert_eq!(hex(&read.mrtd()), hex(&expected.unwrap()));
+    assert_eq!(composed.mrtd(), read.mrtd());
 }
