@@ -237,6 +237,8 @@ fn a_monitor_without_a_domain_ends_by_the_api_and_by_a_signal() {
     assert!(is_empty(folder.path()));
 
     let monitor = ApiMonitor::start(folder.path());
+    // What answers waits for signals; what only listens may not do so yet.
+    assert_eq!(monitor.state(), "Not started");
     kill_process(Pid::from_child(monitor.child()), Signal::TERM).unwrap();
     assert_eq!(monitor.finish().code(), Some(143));
     assert!(is_empty(folder.path()));

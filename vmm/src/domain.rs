@@ -28,7 +28,7 @@ use crate::board::{Board, Buses, EventLoop};
 use crate::control::Control;
 use crate::gate::Gate;
 use crate::memory;
-use crate::metrics::{DeviceMetrics, FlushTimer, Metrics};
+use crate::metrics::{DeviceMetrics, FlushTimer, Metrics, PERIOD};
 use crate::phases::PhaseClock;
 use crate::signals::StopSignals;
 use crate::start::{Resources, StartError, memory_size, raise_descriptor_limit};
@@ -118,6 +118,10 @@ impl Domain {
                 .map_err(internal("supervisor"))?;
         let supervisor = Arc::new(Mutex::new(supervisor));
         events.add_subscriber(supervisor.clone());
+        if metrics.are_configured() {
+            let timer = FlushTimer::new(metrics.clone(), PERIOD).map_err(internal("timer of the metrics"))?;
+            events.add_subscriber(Arc::new(Mutex::new(timer)));
+        }
 
         match status.write(&Event::Running { platform, protected }) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
@@ -128,12 +132,8 @@ impl Domain {
         }
         clock.reached("running");
         metrics.add_devices(devices.clone());
-        if metrics.are_configured() {
-            // As Firecracker does: a first line with what the start took. A failure is logged and counted.
-            let _ = metrics.flush();
-            let timer = FlushTimer::new(metrics.clone()).map_err(internal("timer of the metrics"))?;
-            events.add_subscriber(Arc::new(Mutex::new(timer)));
-        }
+        // As Firecracker does: a first line with what the start took. A failure is logged and counted.
+        let _ = metrics.flush();
         lock(&supervisor).start();
         if let Some(Remote { inbox, config, reply }) = remote {
             if let Some(reply) = reply {

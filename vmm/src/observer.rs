@@ -49,3 +49,37 @@ impl Observer {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use cofferdam_api::observe::LogLevel;
+    use tracing::Subscriber;
+    use tracing::level_filters::LevelFilter;
+
+    use super::*;
+    use crate::phases::PhaseClock;
+
+    #[test]
+    fn what_is_refused_in_part_changes_nothing() {
+        let logger = Arc::new(Logger::new("i"));
+        let metrics = Arc::new(Metrics::new(Arc::new(PhaseClock::new(None)), logger.metrics()));
+        let observer = Observer { logger, metrics };
+        let log = |path: &str| LoggerConfig {
+            log_path: Some(path.into()),
+            level: Some(LogLevel::Error),
+            ..LoggerConfig::default()
+        };
+        let to = |path: &str| MetricsConfig { metrics_path: path.into() };
+        for (logger, metrics) in [("/dev/null", "/nowhere/m"), ("/nowhere/l", "/dev/null")] {
+            assert!(observer.configure_both(Some(&log(logger)), Some(&to(metrics))).is_err());
+            assert!(!observer.metrics.are_configured());
+            assert_eq!(observer.logger.max_level_hint(), Some(LevelFilter::INFO));
+        }
+        observer.configure_both(Some(&log("/dev/null")), Some(&to("/dev/null"))).unwrap();
+        assert!(observer.metrics.are_configured());
+        assert_eq!(observer.logger.max_level_hint(), Some(LevelFilter::ERROR));
+        // A configuration that is put again says the same again.
+        observer.configure_both(None, Some(&to("/dev/null"))).unwrap();
+        assert!(observer.configure_both(None, Some(&to("/dev/zero"))).is_err());
+    }
+}

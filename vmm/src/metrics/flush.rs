@@ -17,7 +17,7 @@ use crate::descriptor::Source;
 use crate::lines::Lines;
 
 /// Time between two lines.
-const PERIOD: Duration = Duration::from_secs(60);
+pub const PERIOD: Duration = Duration::from_secs(60);
 
 /// Why metrics are not written.
 #[derive(Debug, Error)]
@@ -95,7 +95,7 @@ impl Flusher {
     }
 }
 
-/// Has a line written every minute. A subscriber of the event loop.
+/// Has a line written now and then. A subscriber of the event loop.
 pub struct FlushTimer {
     metrics: Arc<Metrics>,
     timer: TimerFd,
@@ -103,9 +103,9 @@ pub struct FlushTimer {
 
 impl FlushTimer {
     /// A timer that runs.
-    pub fn new(metrics: Arc<Metrics>) -> io::Result<Self> {
+    pub fn new(metrics: Arc<Metrics>, period: Duration) -> io::Result<Self> {
         let mut timer = TimerFd::new()?;
-        timer.reset(PERIOD, Some(PERIOD))?;
+        timer.reset(period, Some(period))?;
         Ok(Self { metrics, timer })
     }
 }

@@ -16,7 +16,7 @@ use cofferdam_metrics::{Counter, Field, Group, LastTime, Metrics as _, Reading, 
 use tracing::warn;
 
 pub use devices::DeviceMetrics;
-pub use flush::{FlushTimer, MetricsError};
+pub use flush::{FlushTimer, MetricsError, PERIOD};
 
 use self::flush::Flusher;
 use crate::logger::LoggerMetrics;

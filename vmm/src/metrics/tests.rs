@@ -1,5 +1,6 @@
 use std::fs;
 
+use event_manager::{EventManager, SubscriberOps};
 use serde_json::Value;
 
 use super::*;
@@ -125,6 +126,21 @@ fn the_text_is_good_with_and_without_devices() {
     let text = metrics.prometheus();
     assert!(names(&text).contains(&"cofferdam_block_read_seconds".to_owned()));
     assert_eq!(text.matches("cofferdam_block_read_bytes_total{drive=").count(), 2);
+}
+
+#[test]
+fn the_timer_writes_line_after_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("metrics");
+    let metrics = Arc::new(metrics());
+    metrics.configure(&config(&path)).unwrap();
+    let timer = FlushTimer::new(metrics, Duration::from_millis(1)).unwrap();
+    let mut events = EventManager::new().unwrap();
+    events.add_subscriber(Arc::new(Mutex::new(timer)));
+    for _ in 0..3 {
+        events.run().unwrap();
+    }
+    assert_eq!(lines(&path).len(), 3);
 }
 
 /// The table of `docs/metrics.md`.
