@@ -23,7 +23,8 @@ pub struct DomainConfig {
     /// What is started.
     #[serde(rename = "boot-source")]
     pub boot: BootSource,
-    /// Block devices, in the order of their slots.
+    /// Block devices, in the order of their slots. A configuration that is read has the root device first, as
+    /// Firecracker's has.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
     /// The vsock device, if there is one.
@@ -77,6 +78,11 @@ impl DomainConfig {
         let mode = if root.is_read_only { "ro" } else { "rw" };
         Some(format!("root=/dev/{} {mode}", block_device_name(index)))
     }
+}
+
+/// Puts the root device before the others, which keep their order: it is the guest's first disk.
+pub(crate) fn root_first(drives: &mut [Drive]) {
+    drives.sort_by_key(|drive| !drive.is_root_device);
 }
 
 /// The name that Linux gives to virtio block device number `index`: vda … vdz, vdaa …
@@ -214,7 +220,8 @@ pub struct RateLimiter {
     pub ops: Option<TokenBucket>,
 }
 
-/// A token bucket: `size` tokens refill in `refill_time` milliseconds.
+/// A token bucket: `size` tokens refill in `refill_time` milliseconds. With a 0 for either it limits nothing, as
+/// Firecracker's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -226,6 +233,13 @@ pub struct TokenBucket {
     pub one_time_burst: Option<u64>,
     /// Milliseconds in which an empty bucket refills.
     pub refill_time: u64,
+}
+
+impl TokenBucket {
+    /// Whether it limits anything.
+    pub fn limits(&self) -> bool {
+        self.size > 0 && self.refill_time > 0
+    }
 }
 
 /// The vsock device.
@@ -335,7 +349,8 @@ mod tests {
         config.logger = Some(LoggerConfig { log_path: Some("log".into()), ..Default::default() });
         config.metrics = Some(MetricsConfig { metrics_path: "metrics".into() });
         let text = serde_json::to_vec(&config).unwrap();
-        assert_eq!(DomainConfig::from_json(&text).unwrap(), config);
+        config.drives.swap(0, 1);
+        assert_eq!(DomainConfig::from_json(&text).unwrap(), config, "the root device comes first");
     }
 
     #[test]

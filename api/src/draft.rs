@@ -6,8 +6,9 @@ use serde::Serialize;
 use crate::actions::ActionError;
 use crate::config::{
     BootSource, Confidential, DomainConfig, Drive, MachineConfig, Serial, Vsock, default_stop_timeout_ms,
+    root_first,
 };
-use crate::requests::MachinePatch;
+use crate::requests::{DrivePatch, MachinePatch};
 use crate::validate::ConfigError;
 
 /// A configuration that may lack its kernel. As JSON it is a configuration file.
@@ -59,9 +60,31 @@ impl Draft {
         &self.machine
     }
 
-    /// Whether there is a drive of that id.
-    pub fn has_drive(&self, id: &str) -> bool {
-        self.drives.iter().any(|drive| drive.drive_id == id)
+    /// What is started, if that is known yet.
+    pub fn boot(&self) -> Option<&BootSource> {
+        self.boot.as_ref()
+    }
+
+    /// The drives, in the order of their slots.
+    pub fn drives(&self) -> &[Drive] {
+        &self.drives
+    }
+
+    /// The vsock device.
+    pub fn vsock(&self) -> Option<&Vsock> {
+        self.vsock.as_ref()
+    }
+
+    /// The console.
+    pub fn serial(&self) -> &Serial {
+        &self.serial
+    }
+
+    /// The index of a drive and what it is with `patch`, if that is good. `None`: there is no drive of that id.
+    pub fn patched_drive(&self, patch: &DrivePatch) -> Option<Result<(usize, Drive), ConfigError>> {
+        let index = self.drives.iter().position(|drive| drive.drive_id == patch.drive_id)?;
+        let drive = patch.apply(self.drives.get(index)?);
+        Some(self.clone().put_drive(drive.clone()).map(|()| (index, drive)))
     }
 
     /// Replaces everything.
@@ -85,11 +108,14 @@ impl Draft {
         self.change(|draft| draft.boot = Some(boot))
     }
 
-    /// Replaces the drive of that id, or adds one behind the others.
+    /// Replaces the drive of that id, or adds one behind the others; the root device comes first.
     pub fn put_drive(&mut self, drive: Drive) -> Result<(), ConfigError> {
-        self.change(|draft| match draft.drives.iter_mut().find(|old| old.drive_id == drive.drive_id) {
-            Some(old) => *old = drive,
-            None => draft.drives.push(drive),
+        self.change(|draft| {
+            match draft.drives.iter_mut().find(|old| old.drive_id == drive.drive_id) {
+                Some(old) => *old = drive,
+                None => draft.drives.push(drive),
+            }
+            root_first(&mut draft.drives);
         })
     }
 
@@ -158,6 +184,7 @@ mod tests {
         draft.put_machine(MachineConfig { vcpu_count: 2, mem_size_mib: 64 }).unwrap();
         draft.patch_machine(MachinePatch { vcpu_count: Some(3), mem_size_mib: None }).unwrap();
         draft.put_drive(drive("a", false)).unwrap();
+        draft.put_drive(drive("b", true)).unwrap();
         draft.put_drive(drive("b", false)).unwrap();
         draft.put_drive(drive("a", true)).unwrap();
         draft.put_vsock(Vsock { guest_cid: 3, uds_path: "v".into() }).unwrap();
@@ -170,6 +197,54 @@ mod tests {
         let text = serde_json::to_vec(&draft).unwrap();
         assert_eq!(DomainConfig::from_json(&text).unwrap(), config);
         assert_eq!(Draft::from(config), draft);
+    }
+
+    #[test]
+    fn the_root_device_comes_first_whenever_it_is_put() {
+        let mut draft = Draft::default();
+        for id in ["a", "b", "root", "c"] {
+            draft.put_drive(drive(id, id == "root")).unwrap();
+        }
+        let ids = |draft: &Draft| draft.drives.iter().map(|drive| drive.drive_id.clone()).collect::<Vec<_>>();
+        assert_eq!(ids(&draft), ["root", "a", "b", "c"]);
+        // Another one takes its place once it has given it up.
+        assert!(draft.put_drive(drive("c", true)).is_err());
+        draft.put_drive(drive("root", false)).unwrap();
+        draft.put_drive(drive("c", true)).unwrap();
+        assert_eq!(ids(&draft), ["c", "root", "a", "b"]);
+        draft.put_boot(boot()).unwrap();
+        assert!(draft.complete().unwrap().command_line().ends_with(" root=/dev/vda rw"));
+    }
+
+    #[test]
+    fn a_patch_of_a_drive_changes_what_it_names() {
+        let bucket = |size| json!({"size": size, "refill_time": 100});
+        let mut draft = Draft::default();
+        let mut limited = drive("a", false);
+        limited.rate_limiter =
+            serde_json::from_value(json!({"bandwidth": bucket(1), "ops": bucket(2)})).unwrap();
+        draft.put_drive(drive("first", false)).unwrap();
+        draft.put_drive(limited.clone()).unwrap();
+        let patched = |patch: serde_json::Value| {
+            let patch = serde_json::from_value::<DrivePatch>(patch).unwrap();
+            draft.patched_drive(&patch).map(|patched| {
+                patched.map(|(index, drive)| {
+                    assert_eq!(index, 1);
+                    drive
+                })
+            })
+        };
+        assert_eq!(patched(json!({"drive_id": "a"})), Some(Ok(limited.clone())));
+        assert_eq!(patched(json!({"drive_id": "b"})), None);
+        let other = patched(json!({"drive_id": "a", "path_on_host": "other"})).unwrap().unwrap();
+        assert_eq!(other, Drive { path_on_host: "other".into(), ..limited.clone() });
+        let ops = patched(json!({"drive_id": "a", "rate_limiter": {"ops": bucket(5)}})).unwrap().unwrap();
+        let limiter = ops.rate_limiter.unwrap();
+        assert_eq!((limiter.bandwidth.unwrap().size, limiter.ops.unwrap().size), (1, 5));
+        let none = json!({"drive_id": "a", "rate_limiter": {"ops": bucket(0), "bandwidth": bucket(0)}});
+        assert_eq!(patched(none).unwrap().unwrap().rate_limiter, None);
+        let empty = patched(json!({"drive_id": "a", "path_on_host": ""})).unwrap();
+        assert_eq!(empty.unwrap_err().to_string(), "drives[1].path_on_host: is empty");
     }
 
     #[test]

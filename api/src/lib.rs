@@ -6,7 +6,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`config`], [`validate`] | the configuration of a domain |
+//! | [`config`], [`validate`], [`source`] | the configuration of a domain |
 //! | [`observe`] | where the log and the metrics go |
 //! | [`draft`], [`requests`] | how clients put one together; other bodies of requests |
 //! | [`actions`] | everything that can be asked of a monitor |
@@ -39,6 +39,7 @@ pub mod requests;
 pub mod router;
 #[cfg(feature = "server")]
 pub mod server;
+pub mod source;
 pub mod status;
 pub mod validate;
 mod wire;

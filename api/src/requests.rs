@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use crate::config::{MachineConfig, RateLimiter};
+use crate::config::{Drive, MachineConfig, RateLimiter, TokenBucket};
 use crate::validate::ConfigError;
 use crate::wire::{WireMachinePatch, vcpu_count};
 
@@ -76,10 +76,27 @@ impl MachinePatch {
 pub struct DrivePatch {
     /// Which drive.
     pub drive_id: String,
-    /// Another file.
+    /// Another file; or the same one, whose size has changed.
     #[serde(default)]
     pub path_on_host: Option<PathBuf>,
-    /// Other limits.
+    /// Other limits. A bucket that is left out stays; one that limits nothing takes the limit away.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
+}
+
+impl DrivePatch {
+    /// `drive` with what the patch says: of the limits too, what is left out stays.
+    pub fn apply(&self, drive: &Drive) -> Drive {
+        let old = drive.rate_limiter.unwrap_or_default();
+        let limits = self.rate_limiter.unwrap_or_default();
+        let limits = RateLimiter {
+            bandwidth: limits.bandwidth.or(old.bandwidth).filter(TokenBucket::limits),
+            ops: limits.ops.or(old.ops).filter(TokenBucket::limits),
+        };
+        Drive {
+            path_on_host: self.path_on_host.clone().unwrap_or_else(|| drive.path_on_host.clone()),
+            rate_limiter: Some(limits).filter(|limits| *limits != RateLimiter::default()),
+            ..drive.clone()
+        }
+    }
 }

@@ -208,7 +208,7 @@ pub const ROUTES: &[Route] = &[
         "PATCH",
         "/drives/{drive_id}",
         "drive",
-        "Not supported: a drive stays as it was at the start",
+        "Gives a drive another file, or the same one with another size, or other limits",
         "DrivePatch",
         |request| {
             let patch = request.body::<DrivePatch>()?;

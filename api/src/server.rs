@@ -33,6 +33,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
 use tokio::net::UnixStream;
+use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
@@ -70,6 +71,12 @@ pub struct Envelope {
 pub struct Reply(oneshot::Sender<ActionResult>);
 
 impl Reply {
+    /// A way to answer, and where the answer comes.
+    pub fn pair() -> (Self, Answer) {
+        let (sender, receiver) = oneshot::channel();
+        (Self(sender), Answer(receiver))
+    }
+
     /// Answers. A client that has gone misses it.
     pub fn send(self, result: ActionResult) {
         let _ = self.0.send(result);
@@ -78,6 +85,25 @@ impl Reply {
     /// Whether the client still waits.
     pub fn is_wanted(&self) -> bool {
         !self.0.is_closed()
+    }
+}
+
+/// Where an answer comes.
+pub struct Answer(oneshot::Receiver<ActionResult>);
+
+impl Answer {
+    /// The answer.
+    async fn wait(self) -> ActionResult {
+        self.0.await.unwrap_or(Err(ActionError::Stopped))
+    }
+
+    /// The answer, if it is there.
+    pub fn now(&mut self) -> Option<ActionResult> {
+        match self.0.try_recv() {
+            Ok(result) => Some(result),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Closed) => Some(Err(ActionError::Stopped)),
+        }
     }
 }
 
@@ -271,9 +297,9 @@ impl Service {
     }
 
     async fn act(&self, action: VmmAction) -> ActionResult {
-        let (sender, answer) = oneshot::channel();
-        (self.deliver)(Envelope { action, reply: Reply(sender) });
-        answer.await.unwrap_or(Err(ActionError::Stopped))
+        let (reply, answer) = Reply::pair();
+        (self.deliver)(Envelope { action, reply });
+        answer.wait().await
     }
 }
 

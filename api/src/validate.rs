@@ -1,14 +1,14 @@
 //! What can be said of a configuration without touching the host: ranges,
 //! names, lengths. Messages name the field as it stands in the JSON.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::config::{
-    BootSource, DomainConfig, Drive, MachineConfig, RateLimiter, Serial, SerialMode, TokenBucket, Vsock,
-};
+use crate::config::{BootSource, DomainConfig, Drive, MachineConfig, Serial, SerialMode, Vsock};
 use crate::observe::{LoggerConfig, MetricsConfig};
+use crate::source::{BadNumber, Source};
 
 /// Smallest and largest number of vCPUs.
 pub const VCPU_COUNT: (u64, u64) = (1, 32);
@@ -127,11 +127,24 @@ pub enum ConfigError {
         /// What it says.
         value: u32,
     },
-    /// A limit of zero, which would stop the drive.
-    #[error("{field}: must not be 0; leave the limit out if there is none")]
-    Zero {
+    /// `fd:` is followed by something else than the number of a descriptor.
+    #[error("{field}: {error}")]
+    Descriptor {
         /// The field.
         field: String,
+        /// What is wrong.
+        #[source]
+        error: BadNumber,
+    },
+    /// One descriptor for two things.
+    #[error("{field}: fd:{fd} is given twice; {other} has it")]
+    DescriptorTwice {
+        /// The second field.
+        field: String,
+        /// The descriptor's number.
+        fd: RawFd,
+        /// The first field.
+        other: String,
     },
     /// Serial mode `File` without a file.
     #[error("serial.serial_out_path: is missing, and serial.mode is \"File\"")]
@@ -155,7 +168,8 @@ impl ConfigError {
             | Self::BadId { field, .. }
             | Self::Duplicate { field, .. }
             | Self::BlockSize { field, .. }
-            | Self::Zero { field } => Some(field),
+            | Self::Descriptor { field, .. }
+            | Self::DescriptorTwice { field, .. } => Some(field),
             Self::TooLongWithRoot { .. } => Some("boot-source.boot_args"),
             Self::SecondRoot { .. } | Self::TooManyDevices { .. } => Some("drives"),
             Self::SerialPathMissing | Self::SerialPathUnused { .. } => Some("serial.serial_out_path"),
@@ -178,7 +192,38 @@ impl DomainConfig {
         self.serial.validate()?;
         self.logger.as_ref().map_or(Ok(()), LoggerConfig::validate)?;
         self.metrics.as_ref().map_or(Ok(()), MetricsConfig::validate)?;
+        self.validate_descriptors()?;
         check_range("stop_timeout_ms", self.stop_timeout_ms, (0, MAX_STOP_TIMEOUT_MS))
+    }
+
+    /// Each descriptor can be taken over once.
+    fn validate_descriptors(&self) -> Result<(), ConfigError> {
+        let mut seen = HashMap::new();
+        for (field, path) in self.paths() {
+            if let Ok(Source::Descriptor(fd)) = Source::of(path)
+                && let Some(other) = seen.insert(fd, field.clone())
+            {
+                return Err(ConfigError::DescriptorTwice { field, fd, other });
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything that is a path or `fd:N`, by its field.
+    fn paths(&self) -> Vec<(String, &Path)> {
+        let named = [
+            ("boot-source.kernel_image_path", Some(&self.boot.kernel_image_path)),
+            ("boot-source.initrd_path", self.boot.initrd_path.as_ref()),
+            ("vsock.uds_path", self.vsock.as_ref().map(|vsock| &vsock.uds_path)),
+            ("serial.serial_out_path", self.serial.serial_out_path.as_ref()),
+            ("logger.log_path", self.logger.as_ref().and_then(|logger| logger.log_path.as_ref())),
+            ("metrics.metrics_path", self.metrics.as_ref().map(|metrics| &metrics.metrics_path)),
+        ];
+        let named = named.into_iter().filter_map(|(field, path)| Some((field.to_owned(), path?.as_path())));
+        let drives = self.drives.iter().enumerate();
+        let drives = drives
+            .map(|(index, drive)| (format!("drives[{index}].path_on_host"), drive.path_on_host.as_path()));
+        named.chain(drives).collect()
     }
 
     fn validate_command_line(&self) -> Result<(), ConfigError> {
@@ -236,28 +281,6 @@ impl Drive {
         if !matches!(self.block_size, 512 | 4096) {
             return Err(ConfigError::BlockSize { field: field("block_size"), value: self.block_size });
         }
-        self.rate_limiter.map_or(Ok(()), |limiter| limiter.validate(&field("rate_limiter")))
-    }
-}
-
-impl RateLimiter {
-    fn validate(&self, field: &str) -> Result<(), ConfigError> {
-        for (name, bucket) in [("bandwidth", self.bandwidth), ("ops", self.ops)] {
-            if let Some(bucket) = bucket {
-                bucket.validate(&format!("{field}.{name}"))?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl TokenBucket {
-    fn validate(&self, field: &str) -> Result<(), ConfigError> {
-        for (name, value) in [("size", self.size), ("refill_time", self.refill_time)] {
-            if value == 0 {
-                return Err(ConfigError::Zero { field: format!("{field}.{name}") });
-            }
-        }
         Ok(())
     }
 }
@@ -301,12 +324,13 @@ fn check_range(field: &str, value: u64, (min, max): (u64, u64)) -> Result<(), Co
     Err(ConfigError::OutOfRange { field: field.to_owned(), value, min, max })
 }
 
-/// `PATH_MAX` of Linux counts the terminating NUL.
+/// Checks a path, or `fd:N`. `PATH_MAX` of Linux counts the terminating NUL.
 pub(crate) fn check_path(field: &str, path: &Path) -> Result<(), ConfigError> {
     if path.as_os_str().is_empty() {
         return Err(ConfigError::Empty { field: field.to_owned() });
     }
-    check_text(field, path.as_os_str().as_bytes(), 4095)
+    check_text(field, path.as_os_str().as_bytes(), 4095)?;
+    Source::of(path).map(drop).map_err(|error| ConfigError::Descriptor { field: field.to_owned(), error })
 }
 
 fn check_text(field: &str, text: &[u8], max: usize) -> Result<(), ConfigError> {
@@ -322,6 +346,7 @@ fn check_text(field: &str, text: &[u8], max: usize) -> Result<(), ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{RateLimiter, TokenBucket};
 
     fn config() -> DomainConfig {
         DomainConfig::from_json(
@@ -447,14 +472,38 @@ mod tests {
         accepted(|c| {
             c.drives[0].rate_limiter = Some(RateLimiter { bandwidth: bucket(1, 1), ops: bucket(1, 1) })
         });
-        assert_eq!(
-            refusal(|c| c.drives[0].rate_limiter = Some(RateLimiter { bandwidth: bucket(0, 1), ops: None })),
-            "drives[0].rate_limiter.bandwidth.size: must not be 0; leave the limit out if there is none"
-        );
-        assert!(
-            refusal(|c| c.drives[1].rate_limiter = Some(RateLimiter { bandwidth: None, ops: bucket(1, 0) }))
-                .starts_with("drives[1].rate_limiter.ops.refill_time: must not be 0")
-        );
+        // As Firecracker's, they limit nothing.
+        accepted(|c| {
+            c.drives[0].rate_limiter = Some(RateLimiter { bandwidth: bucket(0, 1), ops: bucket(1, 0) });
+        });
+    }
+
+    #[test]
+    fn descriptors_have_numbers_and_one_use() {
+        accepted(|c| {
+            c.boot.kernel_image_path = "fd:3".into();
+            c.boot.initrd_path = Some("fd:4".into());
+            c.drives[0].path_on_host = "fd:5".into();
+            c.drives[1].path_on_host = "./fd:5".into();
+            c.vsock.as_mut().unwrap().uds_path = "fd:6".into();
+            c.serial = serde_json::from_str(r#"{"serial_out_path": "fd:7"}"#).unwrap();
+        });
+        for bad in ["fd:", "fd:2", "fd:x", "fd:3/a"] {
+            let refused = |field: &str, message: String| {
+                assert_eq!(message, format!("{field}: {:?} is not a descriptor from 3 on", &bad[3..]));
+            };
+            refused("boot-source.kernel_image_path", refusal(|c| c.boot.kernel_image_path = bad.into()));
+            refused("boot-source.initrd_path", refusal(|c| c.boot.initrd_path = Some(bad.into())));
+            refused("drives[1].path_on_host", refusal(|c| c.drives[1].path_on_host = bad.into()));
+            refused("vsock.uds_path", refusal(|c| c.vsock.as_mut().unwrap().uds_path = bad.into()));
+            let serial = Serial { mode: SerialMode::File, serial_out_path: Some(bad.into()) };
+            refused("serial.serial_out_path", refusal(|c| c.serial = serial));
+        }
+        let twice = refusal(|c| {
+            c.boot.initrd_path = Some("fd:5".into());
+            c.drives[1].path_on_host = "fd:5".into();
+        });
+        assert_eq!(twice, "drives[1].path_on_host: fd:5 is given twice; boot-source.initrd_path has it");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::config::{
     BootSource, CacheType, Confidential, DomainConfig, Drive, IoEngine, MachineConfig, RateLimiter, Serial,
-    SerialMode, Vsock, default_block_size, default_stop_timeout_ms,
+    SerialMode, Vsock, default_block_size, default_stop_timeout_ms, root_first,
 };
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::requests::MachinePatch;
@@ -76,10 +76,12 @@ impl TryFrom<WireDomain> for DomainConfig {
             ("network-interfaces", wire.network_interfaces),
             ("pmem", wire.pmem),
         ])?;
+        let mut drives = wire.drives;
+        root_first(&mut drives);
         Ok(Self {
             machine: wire.machine,
             boot: wire.boot,
-            drives: wire.drives,
+            drives,
             vsock: wire.vsock,
             serial: wire.serial.unwrap_or_default(),
             confidential: wire.confidential,

@@ -444,8 +444,6 @@ fn drive_option(field: &str) -> String {
     let item = match name {
         "drive_id" => "id",
         "path_on_host" => "path",
-        "rate_limiter.ops.size" => "iops",
-        "rate_limiter.bandwidth.size" => "bandwidth",
         other => other,
     };
     format!("--drive {}, {item}", index.saturating_add(1))

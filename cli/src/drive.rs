@@ -38,11 +38,11 @@ impl DriveArg {
                 ("iops", Some(n)) => {
                     let iops =
                         n.parse().map_err(|_| format!("iops={n}: not a number of operations per second"))?;
-                    drive.iops = Some(iops);
+                    drive.iops = Some(not_zero("iops", iops)?);
                 }
                 ("bandwidth", Some(n)) => {
-                    drive.bandwidth =
-                        Some(parse_bandwidth(n).map_err(|error| format!("bandwidth: {error}"))?);
+                    let bandwidth = parse_bandwidth(n).map_err(|error| format!("bandwidth: {error}"))?;
+                    drive.bandwidth = Some(not_zero("bandwidth", bandwidth)?);
                 }
                 ("engine", Some(name)) => {
                     drive.engine = match name {
@@ -79,6 +79,14 @@ impl DriveArg {
             block_size: 512,
             rate_limiter: (limiter != RateLimiter::default()).then_some(limiter),
         }
+    }
+}
+
+fn not_zero(key: &str, limit: u64) -> Result<u64, String> {
+    if limit == 0 {
+        Err(format!("{key}: must not be 0; leave it out if there is no limit"))
+    } else {
+        Ok(limit)
     }
 }
 

@@ -44,6 +44,15 @@ pub struct RateLimits {
     pub operations: Option<TokenBucket>,
 }
 
+/// A change of limits. Of each bucket, `None` leaves it as it is; `Some` puts another in its place, or none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RateLimitChange {
+    /// Tokens are bytes.
+    pub bandwidth: Option<Option<TokenBucket>>,
+    /// Tokens are operations.
+    pub operations: Option<Option<TokenBucket>>,
+}
+
 /// One bucket as it is now.
 #[derive(Debug)]
 struct Bucket {
@@ -138,6 +147,20 @@ impl RateLimiter {
     pub fn new(limits: RateLimits, now: Instant) -> Result<Self, RateLimitError> {
         let bucket = |limit: Option<TokenBucket>| limit.map(|l| Bucket::new(l, now)).transpose();
         Ok(Self { bandwidth: bucket(limits.bandwidth)?, operations: bucket(limits.operations)? })
+    }
+
+    /// Changes the limits; new buckets are full at `now`. An error changes nothing.
+    pub fn change(&mut self, change: RateLimitChange, now: Instant) -> Result<(), RateLimitError> {
+        let limits =
+            RateLimits { bandwidth: change.bandwidth.flatten(), operations: change.operations.flatten() };
+        let new = Self::new(limits, now)?;
+        if change.bandwidth.is_some() {
+            self.bandwidth = new.bandwidth;
+        }
+        if change.operations.is_some() {
+            self.operations = new.operations;
+        }
+        Ok(())
     }
 
     /// Whether nothing is limited, so that nobody needs to ask for the time.

@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use clap::{Command, CommandFactory, Parser};
 use cofferdam_api::observe::{LogFormat, LogLevel, LoggerConfig, MetricsConfig};
 use cofferdam_api::server::DEFAULT_MAX_PAYLOAD;
-
-use crate::descriptor::Source;
+use cofferdam_api::source::Source;
 
 /// As Firecracker's, so that what reads its version reads this one's.
 const VERSION: &str = concat!("v", env!("CARGO_PKG_VERSION"));
@@ -23,13 +22,14 @@ SIGTERM, SIGINT and SIGHUP press the domain's power button; a second one stops i
 pub struct Arguments {
     /// The domain's configuration, as JSON: a path, or fd:N for an inherited descriptor. The domain starts at
     /// once
-    #[arg(long, value_name = "FILE", required_unless_present = "api_sock")]
+    #[arg(long, value_name = "FILE")]
     pub config_file: Option<Source>,
-    /// Serve the REST API on this Unix socket: a path, or fd:N for an inherited one that listens. Without
-    /// --config-file the domain is configured and started by it
+    /// Serve the REST API on this Unix socket: a path, or fd:N for an inherited one that listens [default: the
+    /// socket that systemd passes, see sd_listen_fds(3)]. Without --config-file the domain is configured and
+    /// started by it
     #[arg(long, value_name = "SOCKET")]
     pub api_sock: Option<Source>,
-    /// Serve no API, which is so without --api-sock too
+    /// Serve no API, which is so without a socket too
     #[arg(long, conflicts_with = "api_sock", requires = "config_file")]
     pub no_api: bool,
     /// Largest body of a request to the API that is read, bytes

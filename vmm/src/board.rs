@@ -152,6 +152,11 @@ impl Board {
         }
     }
 
+    /// The virtio devices, in the order of their slots.
+    pub fn virtio(&self) -> &[Arc<MmioTransport>] {
+        &self.transports
+    }
+
     /// The power button.
     pub fn power_button(&self) -> Arc<PowerButton> {
         self.power_button.clone()

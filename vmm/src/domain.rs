@@ -26,6 +26,7 @@ use crate::api::{Inbox, RunTime};
 use crate::arch::{self, CpuTemplate};
 use crate::board::{Board, Buses, EventLoop};
 use crate::control::Control;
+use crate::descriptor::Inherited;
 use crate::gate::Gate;
 use crate::memory;
 use crate::metrics::{DeviceMetrics, FlushTimer, Metrics, PERIOD};
@@ -71,12 +72,14 @@ impl Domain {
         let platform = cofferdam_confidential::choose(config.confidential.platform);
         clock.reached("configured");
         raise_descriptor_limit();
-        let mut resources = Resources::open(config)?;
+        let mut inherited = Inherited::default();
+        let mut resources = Resources::open(config, &mut inherited)?;
         let vsock_file = resources.vsock_file.take();
         clock.reached("opened");
         let control = Arc::new(Control::new(clock.clone()).map_err(internal("eventfd"))?);
         let mut devices = std::mem::take(&mut resources.metrics);
         let (launched, board, buses) = launch(config, platform, resources, &control, clock, &mut devices)?;
+        inherited.take_over();
         Ok(Self {
             control,
             clock: clock.clone(),
@@ -148,6 +151,7 @@ impl Domain {
                 control: control.clone(),
                 supervisor: supervisor.clone(),
                 metrics: metrics.clone(),
+                virtio: board.virtio().to_vec(),
             })));
         }
         while lock(&supervisor).stopped().is_none() {

@@ -24,6 +24,7 @@
     )
 )]
 
+pub mod activation;
 pub mod api;
 pub mod arch;
 pub mod arguments;

@@ -9,9 +9,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
+use cofferdam_api::source::Source;
 use cofferdam_devices::sink::Sink;
 
-use crate::descriptor::Source;
+use crate::descriptor;
 
 /// Where lines go.
 pub struct Lines {
@@ -34,7 +35,7 @@ impl Lines {
                     .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
                     .open(path)?,
             ),
-            Source::Descriptor(_) => Sink::new(source.append()?.into()),
+            Source::Descriptor(_) => Sink::new(descriptor::append(source)?.into()),
         };
         Ok(Self { sink, rest: Vec::new() })
     }

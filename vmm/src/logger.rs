@@ -12,12 +12,12 @@
 use std::fmt::{self, Write};
 use std::io;
 use std::os::fd::AsFd;
-use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{iter, thread};
 
 use cofferdam_api::observe::{LogFormat, LogLevel, LoggerConfig};
+use cofferdam_api::source::Source;
 use cofferdam_metrics::{Counter, group};
 use serde_json::{Map, Value};
 use thiserror::Error;
@@ -26,7 +26,6 @@ use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber, callsite};
 
-use crate::descriptor::Source;
 use crate::lines::Lines;
 
 /// How long the last line may take when the monitor ends.
@@ -113,11 +112,10 @@ impl Logger {
     /// What of `config` may fail.
     pub fn prepare<'a>(&self, config: &'a LoggerConfig) -> Result<Settings<'a>, LoggerError> {
         let target = config.log_path.as_deref().map(|path| {
-            let path = path.to_string_lossy();
-            Source::from_str(&path)
+            Source::of(path)
                 .map_err(io::Error::other)
                 .and_then(|source| Lines::open(&source))
-                .map_err(|error| LoggerError { path: path.into_owned(), error })
+                .map_err(|error| LoggerError { path: path.to_string_lossy().into_owned(), error })
         });
         Ok(Settings { target: target.transpose()?, config })
     }

@@ -11,17 +11,20 @@
     )
 )]
 
+use std::env;
 use std::io::Read;
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 use std::sync::Arc;
 
 use clap::Parser;
 use cofferdam_api::config::{DomainConfig, MAX_CONFIG_SIZE};
+use cofferdam_api::source::Source;
 use cofferdam_api::status::{Event, ExitReason, Outcome};
 use cofferdam_api::validate::check_id;
-use cofferdam_vmm::api::{Api, PreBoot, Socket, Started};
+use cofferdam_vmm::activation;
+use cofferdam_vmm::api::{Api, ApiError, PreBoot, Socket, Started};
 use cofferdam_vmm::arguments::Arguments;
-use cofferdam_vmm::descriptor::Source;
+use cofferdam_vmm::descriptor;
 use cofferdam_vmm::domain::{Domain, Remote};
 use cofferdam_vmm::logger::Logger;
 use cofferdam_vmm::metrics::Metrics;
@@ -54,7 +57,7 @@ fn main() -> ExitCode {
         tracing::error!("{error}");
         return ExitCode::from(ExitReason::Config.process_exit_code(None));
     }
-    let mut status = match arguments.status_file.as_ref().map(Source::append).transpose() {
+    let mut status = match arguments.status_file.as_ref().map(descriptor::append).transpose() {
         Ok(file) => StatusFile::new(file),
         Err(error) => {
             tracing::error!("--status-file: {error}");
@@ -66,7 +69,7 @@ fn main() -> ExitCode {
     match outcome.exit_reason {
         ExitReason::PowerOff => tracing::info!("{}", outcome.message),
         // Who asked for the end, and whoever reads the status, knows.
-        ExitReason::Stopped if arguments.api_sock.is_some() => tracing::info!("{}", outcome.message),
+        ExitReason::Stopped if api.is_some() => tracing::info!("{}", outcome.message),
         _ if arguments.status_file.is_some() => tracing::info!("{}", outcome.message),
         _ => tracing::error!("{}", outcome.message),
     }
@@ -110,7 +113,7 @@ fn start(
     api: &mut Option<Api>,
 ) -> Result<Outcome, StartError> {
     let metrics = &observer.metrics;
-    let socket = arguments.api_sock.as_ref().map(Socket::new).transpose()?;
+    let socket = api_socket(arguments)?;
     let config = arguments.config_file.as_ref().map(read_config).transpose()?;
     check_id("--id", &arguments.id)?;
     let signals = StopSignals::new(metrics.signals.clone()).map_err(StartError::Signals)?;
@@ -138,14 +141,26 @@ fn start(
             let Started { domain, config, reply } = pre_boot.serve(&inbox, &signals, client.as_ref())?;
             domain.run(signals, status, Some(Remote { inbox, config, reply: Some(reply) }), metrics)
         }
-        (None, None) => Err(StartError::Internal("--config-file", "is missing".to_owned())),
+        (None, None) => Err(StartError::NothingToStart),
+    }
+}
+
+fn api_socket(arguments: &Arguments) -> Result<Option<Socket>, StartError> {
+    if let Some(source) = &arguments.api_sock {
+        return Ok(Some(Socket::new(source)?));
+    }
+    if arguments.no_api {
+        return Ok(None);
+    }
+    match activation::api_socket(|name| env::var(name).ok(), process::id()).map_err(ApiError::from)? {
+        Some(fd) => Ok(Some(Socket::inherited("LISTEN_FDS", fd)?)),
+        None => Ok(None),
     }
 }
 
 fn read_config(source: &Source) -> Result<DomainConfig, StartError> {
     let mut text = Vec::new();
-    source
-        .open()
+    descriptor::open(source)
         // One byte more shows that it is too large.
         .and_then(|file| file.take((MAX_CONFIG_SIZE as u64).saturating_add(1)).read_to_end(&mut text))
         .map_err(|error| StartError::ConfigFile { file: source.to_string(), error })?;

@@ -3,16 +3,21 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use cofferdam_api::config::{self, BootProtocol, CacheType, DomainConfig, IoEngine, SerialMode};
+use cofferdam_api::config::{
+    self, BootProtocol, BootSource, CacheType, DomainConfig, Drive, IoEngine, SerialMode,
+};
+use cofferdam_api::source::{BadNumber, Source};
 use cofferdam_api::status::ExitReason;
 use cofferdam_api::validate::ConfigError;
 use cofferdam_confidential::LaunchError;
 use cofferdam_confidential::host::{self, HostError};
-use cofferdam_devices::rate_limiter::{RateLimits, TokenBucket};
+use cofferdam_devices::rate_limiter::{RateLimitChange, RateLimitError, RateLimits, TokenBucket};
 use cofferdam_devices::virtio::VirtioDevice;
 use cofferdam_devices::virtio::block::{
     Block, BlockError, BlockFile, BlockFileError, BlockOptions, BlockSource, Cache, Engine,
@@ -20,20 +25,27 @@ use cofferdam_devices::virtio::block::{
 use cofferdam_devices::virtio::vsock::{self, BindError, SocketFile, Vsock, VsockError};
 use cofferdam_firmware::layout::MIB;
 use kvm_ioctls::Kvm;
+use rustix::fs::{FileType, fstat};
+use rustix::net::sockopt::socket_acceptconn;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::termios::isatty;
 use thiserror::Error;
 use tracing::warn;
 
 use crate::api::ApiError;
 use crate::arch::{VcpuSetupError, VmSetupError};
 use crate::board::BoardError;
-use crate::boot::{BootError, BootFiles, BootPlan, Protocol};
+use crate::boot::{BootError, BootFiles, BootPlan, ImageSource, Protocol};
+use crate::descriptor::{DescriptorError, Inherited};
 use crate::memory::MemoryError;
 use crate::metrics::DeviceMetrics;
 use crate::observer::ObserveError;
 
 /// Where KVM is.
 const KVM_DEVICE: &str = "/dev/kvm";
+/// Fields, as messages name them.
+const VSOCK_PATH: &str = "vsock.uds_path";
+const SERIAL_PATH: &str = "serial.serial_out_path";
 
 /// Why a domain did not start.
 #[derive(Debug, Error)]
@@ -59,6 +71,9 @@ pub enum StartError {
         #[source]
         error: ConfigError,
     },
+    /// There is neither a configuration nor a socket to get one from.
+    #[error("there is nothing to start: give --config-file or --api-sock, or pass a socket by LISTEN_FDS")]
+    NothingToStart,
     /// The API cannot be had.
     #[error(transparent)]
     Api(#[from] ApiError),
@@ -74,6 +89,24 @@ pub enum StartError {
     /// The kernel, the initrd, the command line or the size of the memory is bad.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// An inherited descriptor cannot be used for what it was given.
+    #[error("{field}: {source}")]
+    Descriptor {
+        /// The field of the configuration.
+        field: String,
+        /// What is wrong.
+        #[source]
+        source: DescriptorError,
+    },
+    /// What follows `fd:` is no number.
+    #[error("{field}: {source}")]
+    DescriptorNumber {
+        /// The field of the configuration.
+        field: String,
+        /// What is wrong.
+        #[source]
+        source: BadNumber,
+    },
     /// A drive cannot be used.
     #[error("drives[{index}].path_on_host: {source}")]
     Drive {
@@ -91,6 +124,15 @@ pub enum StartError {
         /// What is wrong.
         #[source]
         source: BlockError,
+    },
+    /// A drive cannot have the limits that it is to get.
+    #[error("drives[{index}].rate_limiter: {error}")]
+    Limits {
+        /// Its place in the configuration.
+        index: usize,
+        /// What is wrong.
+        #[source]
+        error: RateLimitError,
     },
     /// The vsock device's socket cannot be made.
     #[error("vsock.uds_path: {0}")]
@@ -136,13 +178,17 @@ impl StartError {
         match self {
             Self::ConfigFile { .. }
             | Self::BadConfigFile { .. }
+            | Self::NothingToStart
             | Self::Api(_)
             | Self::Observe(_)
             | Self::Config(_)
             | Self::Host(_)
             | Self::Boot(_)
+            | Self::Descriptor { .. }
+            | Self::DescriptorNumber { .. }
             | Self::Drive { .. }
             | Self::Block { .. }
+            | Self::Limits { .. }
             | Self::VsockSocket(_)
             | Self::Vsock(_)
             | Self::Console { .. }
@@ -182,12 +228,12 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Checks the host and opens everything.
-    pub fn open(config: &DomainConfig) -> Result<Self, StartError> {
+    /// Checks the host and opens everything. Descriptors of `inherited` are not taken over yet.
+    pub fn open(config: &DomainConfig, inherited: &mut Inherited) -> Result<Self, StartError> {
         let kvm = host::require(Path::new(KVM_DEVICE))?;
         let boot = BootFiles::open(
-            &config.boot.kernel_image_path,
-            config.boot.initrd_path.as_deref(),
+            kernel(&config.boot, inherited)?,
+            initrd(&config.boot, inherited)?,
             &config.command_line(),
             match config.boot.boot_protocol {
                 BootProtocol::Auto => Protocol::Auto,
@@ -199,7 +245,7 @@ impl Resources {
         let mut virtio: Vec<Box<dyn VirtioDevice>> = Vec::new();
         let mut metrics = DeviceMetrics::default();
         for (index, drive) in config.drives.iter().enumerate() {
-            let file = BlockFile::open(block_options(drive))
+            let file = BlockFile::open(block_options(index, drive, inherited)?)
                 .map_err(|source| StartError::Drive { index, source })?;
             let block = Block::new(file).map_err(|source| StartError::Block { index, source })?;
             metrics.drives.push((drive.drive_id.clone(), block.metrics()));
@@ -207,16 +253,89 @@ impl Resources {
         }
         let mut vsock_file = None;
         if let Some(config) = &config.vsock {
-            let (listener, file) = vsock::bind(&config.uds_path)?;
-            vsock_file = Some(file);
-            let device = Vsock::new(config.guest_cid, listener, config.uds_path.clone())?;
+            let (listener, file) = listen(&config.uds_path, inherited)?;
+            let prefix = file.is_some().then(|| config.uds_path.clone());
+            vsock_file = file;
+            let device = Vsock::new(config.guest_cid, listener, prefix)?;
             metrics.vsock = device.metrics();
             virtio.push(Box::new(device));
         }
         // Last: it may create a file, which nothing takes away again.
-        let console = open_console(&config.serial)?;
+        let console = open_console(&config.serial, inherited)?;
         Ok(Self { kvm, boot, virtio, vsock_file, console, metrics })
     }
+}
+
+/// Checks that the files of `boot` are there and can be opened, and keeps nothing of them.
+pub fn check_boot(boot: &BootSource) -> Result<(), StartError> {
+    let mut inherited = Inherited::default();
+    Ok(BootFiles::check(kernel(boot, &mut inherited)?, initrd(boot, &mut inherited)?)?)
+}
+
+/// Checks that drive `index` can be used now, but for locks that others have on it, and keeps nothing of it.
+pub fn check_drive(index: usize, drive: &Drive) -> Result<(), StartError> {
+    let options = block_options(index, drive, &mut Inherited::default())?;
+    BlockFile::check(options).map_err(|source| StartError::Drive { index, source })
+}
+
+/// Checks the vsock device's descriptor, if it has one. A path is tried at the start only: that makes the socket.
+pub fn check_vsock(vsock: &config::Vsock) -> Result<(), StartError> {
+    match source(VSOCK_PATH, &vsock.uds_path)? {
+        Source::Path(_) => Ok(()),
+        Source::Descriptor(_) => listen(&vsock.uds_path, &mut Inherited::default()).map(drop),
+    }
+}
+
+/// Checks the console's descriptor, if it has one. A path is tried at the start only: that makes the file.
+pub fn check_serial(serial: &config::Serial) -> Result<(), StartError> {
+    let Some(path) = &serial.serial_out_path else { return Ok(()) };
+    match source(SERIAL_PATH, path)? {
+        Source::Path(_) => Ok(()),
+        Source::Descriptor(_) => open_serial(path, &mut Inherited::default()).map(drop),
+    }
+}
+
+fn kernel<'a>(boot: &'a BootSource, inherited: &mut Inherited) -> Result<ImageSource<'a>, StartError> {
+    image("boot-source.kernel_image_path", &boot.kernel_image_path, inherited)
+}
+
+fn initrd<'a>(
+    boot: &'a BootSource,
+    inherited: &mut Inherited,
+) -> Result<Option<ImageSource<'a>>, StartError> {
+    let open = |path: &'a PathBuf| image("boot-source.initrd_path", path, inherited);
+    boot.initrd_path.as_ref().map(open).transpose()
+}
+
+fn image<'a>(field: &str, path: &'a Path, inherited: &mut Inherited) -> Result<ImageSource<'a>, StartError> {
+    Ok(match source(field, path)? {
+        Source::Path(_) => ImageSource::Path(path),
+        Source::Descriptor(fd) => {
+            ImageSource::File(inherited.readable(fd).map_err(bad_descriptor(field))?, path)
+        }
+    })
+}
+
+/// The vsock device's socket; and what removes its file, if it was made here.
+fn listen(path: &Path, inherited: &mut Inherited) -> Result<(UnixListener, Option<SocketFile>), StartError> {
+    match source(VSOCK_PATH, path)? {
+        Source::Path(path) => {
+            vsock::bind(&path).map(|(listener, file)| (listener, Some(file))).map_err(Into::into)
+        }
+        Source::Descriptor(fd) => {
+            inherited.listener(fd).map(|listener| (listener, None)).map_err(bad_descriptor(VSOCK_PATH))
+        }
+    }
+}
+
+/// What a field names. Validation has refused what is wrong here.
+fn source(field: &str, path: &Path) -> Result<Source, StartError> {
+    Source::of(path).map_err(|source| StartError::DescriptorNumber { field: field.to_owned(), source })
+}
+
+fn bad_descriptor(field: &str) -> impl FnOnce(DescriptorError) -> StartError {
+    let field = field.to_owned();
+    move |source| StartError::Descriptor { field, source }
 }
 
 /// Raises the limit on open descriptors as far as this process may: each vsock connection is one, and the
@@ -236,15 +355,35 @@ pub fn memory_size(config: &DomainConfig) -> u64 {
     config.machine.mem_size_mib.saturating_mul(MIB)
 }
 
-fn block_options(drive: &config::Drive) -> BlockOptions {
-    let bucket = |bucket: config::TokenBucket| TokenBucket {
+/// What a patch of a drive's limits asks of the limiter.
+pub fn limit_change(limits: config::RateLimiter) -> RateLimitChange {
+    RateLimitChange { bandwidth: limits.bandwidth.map(bucket), operations: limits.ops.map(bucket) }
+}
+
+fn bucket(bucket: config::TokenBucket) -> Option<TokenBucket> {
+    bucket.limits().then(|| TokenBucket {
         size: bucket.size,
         one_time_burst: bucket.one_time_burst.unwrap_or(0),
-        refill_time: std::time::Duration::from_millis(bucket.refill_time),
-    };
+        refill_time: Duration::from_millis(bucket.refill_time),
+    })
+}
+
+/// The file, device or descriptor of drive `index`.
+pub fn block_source(index: usize, path: &Path, inherited: &mut Inherited) -> Result<BlockSource, StartError> {
+    let field = format!("drives[{index}].path_on_host");
+    Ok(match source(&field, path)? {
+        Source::Path(path) => BlockSource::Path(path),
+        Source::Descriptor(fd) => {
+            let file = inherited.duplicate(fd).map_err(bad_descriptor(&field))?;
+            BlockSource::File(file.into(), path.to_owned())
+        }
+    })
+}
+
+fn block_options(index: usize, drive: &Drive, inherited: &mut Inherited) -> Result<BlockOptions, StartError> {
     let limits = drive.rate_limiter.unwrap_or_default();
-    BlockOptions {
-        source: BlockSource::Path(drive.path_on_host.clone()),
+    Ok(BlockOptions {
+        source: block_source(index, &drive.path_on_host, inherited)?,
         read_only: drive.is_read_only,
         cache: match drive.cache_type {
             CacheType::Unsafe => Cache::Unsafe,
@@ -257,31 +396,58 @@ fn block_options(drive: &config::Drive) -> BlockOptions {
         },
         block_size: drive.block_size,
         id: drive.drive_id.clone(),
-        limits: RateLimits { bandwidth: limits.bandwidth.map(bucket), operations: limits.ops.map(bucket) },
+        limits: RateLimits {
+            bandwidth: limits.bandwidth.and_then(bucket),
+            operations: limits.ops.and_then(bucket),
+        },
+    })
+}
+
+fn open_console(serial: &config::Serial, inherited: &mut Inherited) -> Result<ConsoleFiles, StartError> {
+    match (serial.mode, &serial.serial_out_path) {
+        (SerialMode::None, _) => Ok(ConsoleFiles::default()),
+        (SerialMode::File, Some(path)) => open_serial(path, inherited),
+        // Validation has refused a mode `File` without a path.
+        (SerialMode::Stdio | SerialMode::File, _) => Ok(ConsoleFiles {
+            input: Some(duplicate("standard input", io::stdin().as_fd())?),
+            output: Some(duplicate("standard output", io::stdout().as_fd())?),
+        }),
     }
 }
 
-fn open_console(serial: &config::Serial) -> Result<ConsoleFiles, StartError> {
-    let failed = |what: String| move |source| StartError::Console { what, source };
-    match (serial.mode, &serial.serial_out_path) {
-        (SerialMode::None, _) => Ok(ConsoleFiles::default()),
-        (SerialMode::File, Some(path)) => {
+fn open_serial(path: &Path, inherited: &mut Inherited) -> Result<ConsoleFiles, StartError> {
+    let field = SERIAL_PATH;
+    let fd = match source(field, path)? {
+        Source::Descriptor(fd) => fd,
+        Source::Path(path) => {
             let file = OpenOptions::new()
                 .append(true)
                 .create(true)
                 // A pipe without a reader must not hold up the start, when stop signals are not served yet.
                 .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-                .open(path)
-                .map_err(failed(format!("serial.serial_out_path: {}", path.display())))?;
-            Ok(ConsoleFiles { input: None, output: Some(file.into()) })
+                .open(&path)
+                .map_err(|source| StartError::Console {
+                    what: format!("{field}: {}", path.display()),
+                    source,
+                })?;
+            return Ok(ConsoleFiles { input: None, output: Some(file.into()) });
         }
-        // Validation has refused a mode `File` without a path.
-        (SerialMode::Stdio | SerialMode::File, _) => {
-            let duplicate = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
-            Ok(ConsoleFiles {
-                input: Some(duplicate(io::stdin().as_fd()).map_err(failed("standard input".to_owned()))?),
-                output: Some(duplicate(io::stdout().as_fd()).map_err(failed("standard output".to_owned()))?),
-            })
-        }
+    };
+    let (output, readable) = inherited.writable(fd).map_err(bad_descriptor(field))?;
+    let is_socket =
+        fstat(&output).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket);
+    if is_socket && socket_acceptconn(&output) != Ok(false) {
+        return Err(bad_descriptor(field)(DescriptorError::NotConnected(fd)));
     }
+    // What has two directions is the console's input too.
+    let input = if readable && (is_socket || isatty(&output)) {
+        Some(duplicate(field, output.as_fd())?)
+    } else {
+        None
+    };
+    Ok(ConsoleFiles { input, output: Some(output) })
+}
+
+fn duplicate(what: &str, fd: BorrowedFd<'_>) -> Result<OwnedFd, StartError> {
+    fd.try_clone_to_owned().map_err(|source| StartError::Console { what: what.to_owned(), source })
 }

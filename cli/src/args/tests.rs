@@ -123,7 +123,7 @@ fn bad_values_name_the_option() {
         (vec!["--initrd", ""], "'--initrd <FILE>'"),
         (vec!["--drive", "path=a,id=x", "--drive", "path=b,id=x"], "--drive 2, id: \"x\" is used twice"),
         (vec!["--drive", "path=a,id=drive1", "--drive", "path=b"], "\"drive1\" is used twice"),
-        (vec!["--drive", "path=a,iops=0"], "--drive 1, iops: must not be 0"),
+        (vec!["--drive", "path=a,iops=0"], "iops: must not be 0"),
         (vec!["--drive", "path="], "--drive 1, path: is empty"),
         (
             vec!["--drive", "path=a,root", "--drive", "path=b,root"],

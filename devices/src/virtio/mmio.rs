@@ -13,6 +13,7 @@
 //! the log says so; one whose queues cannot work gets `DEVICE_NEEDS_RESET`
 //! (`registers.rs` has the rules).
 
+use std::any::Any;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -117,6 +118,25 @@ impl MmioTransport {
     /// What is counted here.
     pub fn metrics(&self) -> Arc<TransportMetrics> {
         self.interrupt.metrics.clone()
+    }
+
+    /// Calls `f` with the device between two of its turns. `None`: it is no `T`.
+    pub fn with_device<T: VirtioDevice, R>(&self, f: impl FnOnce(&mut T) -> R) -> Option<R> {
+        let mut state = self.lock();
+        let device: &mut dyn Any = &mut *state.device;
+        device.downcast_mut().map(f)
+    }
+
+    /// The same for what changes the configuration space, of which the driver is told.
+    pub fn reconfigure<T: VirtioDevice, R>(&self, f: impl FnOnce(&mut T) -> R) -> Option<R> {
+        let result = self.with_device(|device| {
+            // Before the change: a driver that reads both the old space and the new one finds another generation at
+            // the end (virtio 1.2, 2.5.1), since it gets at the space only under the lock.
+            self.interrupt.generation.fetch_add(1, Ordering::SeqCst);
+            f(device)
+        });
+        self.interrupt.config_changed();
+        result
     }
 
     /// Ends the device: it no longer touches guest memory when this returns.

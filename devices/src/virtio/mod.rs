@@ -22,6 +22,7 @@ pub mod testing;
 pub mod used;
 pub mod vsock;
 
+use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -114,12 +115,6 @@ impl VirtioInterrupt {
         self.raise(interrupt_status::USED);
     }
 
-    /// Tells the driver that the configuration changed.
-    pub fn config_changed(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
-        self.raise(interrupt_status::CONFIG);
-    }
-
     /// Puts the device out of service until the driver resets it.
     pub fn needs_reset(&self, reason: &dyn std::fmt::Display) {
         let before = self.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
@@ -129,8 +124,12 @@ impl VirtioInterrupt {
                 warn!(dropped = line.dropped, "virtio device needs reset: {reason}");
             }
         }
-        // Raised only for a driver that is there to hear it (virtio 1.2, 2.1.2).
-        if before & status::DRIVER_OK != 0 {
+        self.config_changed();
+    }
+
+    /// Tells the driver, if there is one to hear it (virtio 1.2, 2.1.2), that configuration or status have changed.
+    fn config_changed(&self) {
+        if self.status.load(Ordering::SeqCst) & status::DRIVER_OK != 0 {
             self.raise(interrupt_status::CONFIG);
         }
     }
@@ -182,7 +181,7 @@ pub const DEVICE_EVENTS: u32 = 0x100;
 ///
 /// `notify`, `register` and `event` run on the event loop thread, the others
 /// on a vCPU thread as well.
-pub trait VirtioDevice: Send {
+pub trait VirtioDevice: Any + Send {
     /// Device type (virtio 1.2, section 5).
     fn device_type(&self) -> u32;
     /// Largest size of each queue; their number is the device's number of queues.

@@ -31,8 +31,8 @@ fn specifications_that_make_no_sense() {
         (",ro,ro", "ro is given twice"),
         (",iops=many", "iops=many: not a number of operations per second"),
         (",bandwidth=5Q", "bandwidth: \"5Q\" is not a size"),
-        (",iops=0", "--drive 1, iops: must not be 0"),
-        (",bandwidth=0", "--drive 1, bandwidth: must not be 0"),
+        (",iops=0", "iops: must not be 0"),
+        (",bandwidth=0", "bandwidth: must not be 0"),
         (",id=a.b", "--drive 1, id: \"a.b\" may only have letters"),
         (",id=", "--drive 1, id: is empty"),
     ] {

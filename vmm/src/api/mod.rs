@@ -11,23 +11,24 @@ mod run_time;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, SendError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cofferdam_api::actions::{ActionError, ActionResult, VmmData};
+use cofferdam_api::actions::{ActionError, ActionResult, VmmAction, VmmData};
 use cofferdam_api::metrics::ApiMetrics;
 use cofferdam_api::server::{Envelope, Reply, Server};
+use cofferdam_api::source::Source;
 use cofferdam_api::status::{InstanceInfo, Outcome, VmState, VmStatus};
 use cofferdam_confidential::host::survey::Survey;
 use cofferdam_devices::virtio::vsock::{self, BindError, SocketFile};
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::net::sockopt::socket_acceptconn;
 use thiserror::Error;
 
 pub use pre_boot::{PreBoot, Started};
 pub use run_time::RunTime;
 
-use crate::descriptor::Source;
+use crate::activation::ActivationError;
+use crate::descriptor::{DescriptorError, take_listener};
 
 /// Why there is no API.
 #[derive(Debug, Error)]
@@ -36,14 +37,17 @@ pub enum ApiError {
     #[error("--api-sock: {0}")]
     Bind(#[from] BindError),
     /// The descriptor cannot be taken over.
-    #[error("--api-sock {file}: {error}")]
+    #[error("{given}: {error}")]
     Descriptor {
-        /// As it was given.
-        file: String,
+        /// What names it.
+        given: &'static str,
         /// What is wrong with it.
         #[source]
-        error: io::Error,
+        error: DescriptorError,
     },
+    /// A service manager passes sockets, and none that can be told to be the API's.
+    #[error(transparent)]
+    Activation(#[from] ActivationError),
     /// The server does not start.
     #[error("the API's server: {0}")]
     Server(#[source] io::Error),
@@ -58,16 +62,20 @@ pub struct Socket {
 impl Socket {
     /// Makes the socket, or takes the one that is inherited.
     pub fn new(source: &Source) -> Result<Self, ApiError> {
-        if let Source::Path(path) = source {
-            let (listener, file) = vsock::bind(path)?;
-            return Ok(Self { listener, file: Some(file) });
+        match source {
+            Source::Path(path) => {
+                let (listener, file) = vsock::bind(path)?;
+                Ok(Self { listener, file: Some(file) })
+            }
+            Source::Descriptor(fd) => Self::inherited("--api-sock", *fd),
         }
-        let failed = |error| ApiError::Descriptor { file: source.to_string(), error };
-        let descriptor = OwnedFd::from(source.open().map_err(failed)?);
-        match socket_acceptconn(&descriptor) {
-            Ok(true) => Ok(Self { listener: descriptor.into(), file: None }),
-            Ok(false) => Err(failed(io::Error::other("nobody can connect to it: it does not listen"))),
-            Err(error) => Err(failed(error.into())),
+    }
+
+    /// Takes the socket that is inherited as `fd`, which `given` names.
+    pub fn inherited(given: &'static str, fd: RawFd) -> Result<Self, ApiError> {
+        match take_listener(fd) {
+            Ok(listener) => Ok(Self { listener, file: None }),
+            Err(error) => Err(ApiError::Descriptor { given, error }),
         }
     }
 }
@@ -94,16 +102,17 @@ impl Api {
         let ready = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map_err(|error| ApiError::Server(error.into()))?;
         let ready = Arc::new(ready);
-        let bell = ready.clone();
+        let waiters = Waiters::default();
+        let (bell, late) = (ready.clone(), waiters.clone());
         let deliver = move |envelope| {
-            // Without a receiver the envelope is dropped, which tells the client.
-            let _ = sender.send(envelope);
+            if let Err(SendError(envelope)) = sender.send(envelope) {
+                return late.too_late(envelope);
+            }
             // It fails only when the counter is full, and then the main thread is awake.
             let _ = rustix::io::write(&bell, &1_u64.to_ne_bytes());
         };
         let server = Server::start(socket.listener, max_payload, metrics, Arc::new(deliver))
             .map_err(ApiError::Server)?;
-        let waiters = Waiters::default();
         let inbox = Inbox { id: id.to_owned(), envelopes, ready, waiters: waiters.clone() };
         Ok((Self { id: id.to_owned(), waiters, _server: server, _file: socket.file }, inbox))
     }
@@ -117,7 +126,7 @@ impl Api {
     }
 }
 
-/// What clients ask for.
+/// What clients ask for. It ends with the domain.
 pub struct Inbox {
     /// Name of the domain that they ask for.
     pub id: String,
@@ -135,6 +144,14 @@ impl Inbox {
     /// Forgets that there was something; to be called before it is all taken.
     fn clear(&self) {
         let _ = rustix::io::read(&self.ready, &mut [0; 8]);
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        while let Some(envelope) = self.take() {
+            self.waiters.too_late(envelope);
+        }
     }
 }
 
@@ -176,6 +193,16 @@ impl Waiters {
         let mut waiters = self.lock();
         waiters.retain(Reply::is_wanted);
         waiters.push(reply);
+    }
+
+    /// Answers what is asked when the domain has stopped, and its outcome is yet to be told.
+    fn too_late(&self, envelope: Envelope) {
+        match envelope.action {
+            VmmAction::Wait => self.add(envelope.reply),
+            VmmAction::Stop(_) => envelope.reply.send(Ok(VmmData::Empty)),
+            // Without an answer the client hears that the domain has stopped.
+            _ => drop(envelope),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Reply>> {

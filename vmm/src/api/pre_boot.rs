@@ -5,7 +5,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use cofferdam_api::actions::{ActionError, ActionResult, Version, VmmAction, VmmData};
-use cofferdam_api::config::DomainConfig;
+use cofferdam_api::config::{DomainConfig, Drive};
 use cofferdam_api::draft::Draft;
 use cofferdam_api::server::Reply;
 use cofferdam_api::status::{VmState, VmStatus};
@@ -18,7 +18,7 @@ use crate::domain::Domain;
 use crate::observer::Observer;
 use crate::phases::PhaseClock;
 use crate::signals::StopSignals;
-use crate::start::StartError;
+use crate::start::{self, StartError};
 
 /// What a monitor does before its domain has started.
 pub struct PreBoot {
@@ -104,14 +104,31 @@ impl PreBoot {
             VmmAction::Stop(_) => return Step::Stop,
             VmmAction::Wait => return Step::Wait,
             VmmAction::PutConfig(config) => {
-                self.observe(&config).and_then(|()| changed(self.draft.put_config(*config)))
+                let observer = self.observer.clone();
+                self.change(
+                    |draft| draft.put_config((*config).clone()),
+                    |draft| {
+                        check_kernel(draft)?;
+                        check_drives(draft, |_| true)?;
+                        check_vsock(draft)?;
+                        check_serial(draft)?;
+                        // Last: it takes effect.
+                        observer.configure(&config).map_err(failed)
+                    },
+                )
             }
-            VmmAction::PutMachine(machine) => changed(self.draft.put_machine(machine)),
-            VmmAction::PatchMachine(patch) => changed(self.draft.patch_machine(patch)),
-            VmmAction::PutBoot(boot) => changed(self.draft.put_boot(boot)),
-            VmmAction::PutDrive(drive) => changed(self.draft.put_drive(drive)),
-            VmmAction::PutVsock(vsock) => changed(self.draft.put_vsock(vsock)),
-            VmmAction::PutSerial(serial) => changed(self.draft.put_serial(serial)),
+            VmmAction::PutMachine(machine) => self.change(|draft| draft.put_machine(machine), |_| Ok(())),
+            VmmAction::PatchMachine(patch) => self.change(|draft| draft.patch_machine(patch), |_| Ok(())),
+            VmmAction::PutBoot(boot) => self.change(|draft| draft.put_boot(boot), check_kernel),
+            VmmAction::PutDrive(drive) => {
+                let id = drive.drive_id.clone();
+                self.change(
+                    |draft| draft.put_drive(drive),
+                    |draft| check_drives(draft, |drive| drive.drive_id == id),
+                )
+            }
+            VmmAction::PutVsock(vsock) => self.change(|draft| draft.put_vsock(vsock), check_vsock),
+            VmmAction::PutSerial(serial) => self.change(|draft| draft.put_serial(serial), check_serial),
             VmmAction::PutLogger(config) => {
                 let done = config.validate().map_err(ActionError::from);
                 done.and_then(|()| self.observer.logger.configure(&config).map_err(failed))
@@ -143,6 +160,20 @@ impl PreBoot {
         self.observer.configure(config).map_err(failed)
     }
 
+    /// Changes the configuration, if that makes a good one and `check` finds what it names. That is looked at
+    /// again at the start: much can happen until then.
+    fn change(
+        &mut self,
+        change: impl FnOnce(&mut Draft) -> Result<(), ConfigError>,
+        check: impl FnOnce(&Draft) -> Result<(), ActionError>,
+    ) -> ActionResult {
+        let mut draft = self.draft.clone();
+        change(&mut draft)?;
+        check(&draft)?;
+        self.draft = draft;
+        Ok(VmmData::Empty)
+    }
+
     fn status(&self) -> VmStatus {
         VmStatus {
             id: self.id.clone(),
@@ -161,8 +192,21 @@ fn failed(error: impl Display) -> ActionError {
     ActionError::Failed(error.to_string())
 }
 
-fn changed(result: Result<(), ConfigError>) -> ActionResult {
-    result.map(|()| VmmData::Empty).map_err(Into::into)
+fn check_kernel(draft: &Draft) -> Result<(), ActionError> {
+    draft.boot().map_or(Ok(()), start::check_boot).map_err(failed)
+}
+
+fn check_drives(draft: &Draft, which: impl Fn(&Drive) -> bool) -> Result<(), ActionError> {
+    let mut drives = draft.drives().iter().enumerate().filter(|(_, drive)| which(drive));
+    drives.try_for_each(|(index, drive)| start::check_drive(index, drive)).map_err(failed)
+}
+
+fn check_vsock(draft: &Draft) -> Result<(), ActionError> {
+    draft.vsock().map_or(Ok(()), start::check_vsock).map_err(failed)
+}
+
+fn check_serial(draft: &Draft) -> Result<(), ActionError> {
+    start::check_serial(draft.serial()).map_err(failed)
 }
 
 /// Waits until a client asks for something. A signal, or the end of whoever started the monitor, is an error.

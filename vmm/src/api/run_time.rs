@@ -1,18 +1,24 @@
-//! After the start: the domain is watched and controlled; its configuration stays what it is. A subscriber of
-//! the domain's event loop.
+//! After the start: the domain is watched and controlled; of its configuration only drives may get other files and
+//! limits. A subscriber of the domain's event loop.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use cofferdam_api::actions::{ActionError, ActionResult, Version, VmmAction, VmmData};
 use cofferdam_api::draft::Draft;
+use cofferdam_api::requests::DrivePatch;
 use cofferdam_api::status::{ExitReason, Platform, VmState, VmStatus};
+use cofferdam_devices::virtio::block::{Block, BlockFile};
+use cofferdam_devices::virtio::mmio::MmioTransport;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::{Inbox, instance, survey};
 use crate::control::Control;
+use crate::descriptor::Inherited;
 use crate::metrics::Metrics;
 use crate::phases::PhaseClock;
+use crate::start::{StartError, block_source, limit_change};
 use crate::supervisor::Supervisor;
 
 /// What a monitor does for clients while its domain runs.
@@ -33,6 +39,8 @@ pub struct RunTime {
     pub supervisor: Arc<Mutex<Supervisor>>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// Its virtio devices: the drives, in the order of the configuration, come first.
+    pub virtio: Vec<Arc<MmioTransport>>,
 }
 
 impl RunTime {
@@ -61,7 +69,7 @@ impl RunTime {
                 Ok(VmmData::Empty)
             }
             VmmAction::Wait => return None,
-            VmmAction::PatchDrive(patch) => self.patch_drive(&patch.drive_id),
+            VmmAction::PatchDrive(patch) => self.patch_drive(&patch),
             VmmAction::Start
             | VmmAction::StartWith(_)
             | VmmAction::PutConfig(_)
@@ -97,13 +105,27 @@ impl RunTime {
         Err(ActionError::Failed("the vCPUs did not leave the guest in time; they run again".to_owned()))
     }
 
-    fn patch_drive(&self, id: &str) -> ActionResult {
-        if !self.config.has_drive(id) {
-            return Err(ActionError::Failed(format!("drives: there is no drive {id:?}")));
+    /// Gives a drive another file (or the same one, whose size has changed), other limits, or both.
+    fn patch_drive(&mut self, patch: &DrivePatch) -> ActionResult {
+        let no_drive = || ActionError::Failed(format!("drives: there is no drive {:?}", patch.drive_id));
+        let (index, drive) = self.config.patched_drive(patch).ok_or_else(no_drive)??;
+        let device = self.virtio.get(index).ok_or_else(no_drive)?;
+        let mut inherited = Inherited::default();
+        let file = match &patch.path_on_host {
+            Some(path) => Some(reopen(device, index, path, &mut inherited)?.ok_or_else(no_drive)?),
+            None => None,
+        };
+        // Nothing is changed up to here, and from here on nothing fails: validation has refused bad limits.
+        if let Some(limits) = patch.rate_limiter {
+            let change = device.with_device(|block: &mut Block| block.limit(limit_change(limits)));
+            change.ok_or_else(no_drive)?.map_err(|error| failed(StartError::Limits { index, error }))?;
         }
-        Err(ActionError::Unsupported(
-            "drives: not supported by this monitor after the start; configure path_on_host and rate_limiter before it",
-        ))
+        if let Some(file) = file {
+            device.reconfigure(|block: &mut Block| block.replace(file));
+        }
+        inherited.take_over();
+        self.config.put_drive(drive)?;
+        Ok(VmmData::Empty)
     }
 
     fn state(&self) -> VmState {
@@ -122,6 +144,24 @@ impl RunTime {
             phases: self.clock.phases(),
         }
     }
+}
+
+/// Opens `path` in place of the file of drive `index`. `None`: `device` is no drive.
+fn reopen(
+    device: &MmioTransport,
+    index: usize,
+    path: &Path,
+    inherited: &mut Inherited,
+) -> Result<Option<BlockFile>, ActionError> {
+    let source = block_source(index, path, inherited).map_err(failed)?;
+    // Not under the device's lock: to open a file may take the host's storage a while.
+    let Some(file) = device.with_device(|block: &mut Block| block.file()) else { return Ok(None) };
+    let reopened = file.reopen(source).map_err(|source| failed(StartError::Drive { index, source }));
+    reopened.map(Some)
+}
+
+fn failed(error: StartError) -> ActionError {
+    ActionError::Failed(error.to_string())
 }
 
 impl MutEventSubscriber for RunTime {

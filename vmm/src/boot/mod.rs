@@ -53,6 +53,7 @@ mod zero_page;
 
 pub use self::entry::Entry;
 pub use self::error::{BootError, BzImageError, ElfError, FileError, KernelError};
+pub use self::file::ImageSource;
 pub use self::plan::BootPlan;
 
 use self::file::ImageFile;
@@ -85,24 +86,27 @@ impl BootFiles {
     /// # Errors
     /// The first thing that is wrong with the kernel, the initrd or the command line,
     /// in this order.
-    pub fn open(
-        kernel: &Path,
-        initrd: Option<&Path>,
+    pub fn open<'a>(
+        kernel: impl Into<ImageSource<'a>>,
+        initrd: Option<impl Into<ImageSource<'a>>>,
         command_line: &str,
         protocol: Protocol,
     ) -> Result<Self, BootError> {
-        let kernel_error = |reason| BootError::Kernel { path: kernel.to_owned(), reason };
-        let file = ImageFile::open(kernel).map_err(|error| kernel_error(error.into()))?;
-        let image = KernelImage::parse(&file, protocol).map_err(kernel_error)?;
-        let initrd = match initrd {
-            None => None,
-            Some(path) => Some(
-                ImageFile::open(path)
-                    .map_err(|reason| BootError::Initrd { path: path.to_owned(), reason })?,
-            ),
-        };
-        check_command_line(command_line, kernel, &image)?;
-        Ok(Self { kernel: file, image, initrd, command_line: command_line.to_owned() })
+        let kernel = open_kernel(kernel.into())?;
+        let kernel_error = |reason| BootError::Kernel { path: kernel.path().to_owned(), reason };
+        let image = KernelImage::parse(&kernel, protocol).map_err(kernel_error)?;
+        let initrd = initrd.map(|initrd| open_initrd(initrd.into())).transpose()?;
+        check_command_line(command_line, kernel.path(), &image)?;
+        Ok(Self { kernel, image, initrd, command_line: command_line.to_owned() })
+    }
+
+    /// Checks that the files are there and can be opened, and not what is in them.
+    ///
+    /// # Errors
+    /// What is wrong with the kernel or the initrd.
+    pub fn check(kernel: ImageSource<'_>, initrd: Option<ImageSource<'_>>) -> Result<(), BootError> {
+        open_kernel(kernel)?;
+        initrd.map(open_initrd).transpose().map(drop)
     }
 
     /// Decides where everything goes in a domain with `memory` bytes of RAM.
@@ -113,6 +117,16 @@ impl BootFiles {
     pub fn plan(self, memory: u64) -> Result<BootPlan, BootError> {
         BootPlan::new(self, memory)
     }
+}
+
+fn open_kernel(source: ImageSource<'_>) -> Result<ImageFile, BootError> {
+    let path = source.path().to_owned();
+    ImageFile::open(source).map_err(|error| BootError::Kernel { path, reason: error.into() })
+}
+
+fn open_initrd(source: ImageSource<'_>) -> Result<ImageFile, BootError> {
+    let path = source.path().to_owned();
+    ImageFile::open(source).map_err(|reason| BootError::Initrd { path, reason })
 }
 
 fn check_command_line(line: &str, kernel: &Path, image: &KernelImage) -> Result<(), BootError> {

@@ -19,7 +19,7 @@ fn open(kernel: &[u8], initrd: Option<&NamedTempFile>, line: &str) -> Result<Boo
 /// The message for a bad kernel, without the part that every such message has.
 fn kernel_error(kernel: &[u8], protocol: Protocol) -> String {
     let kernel = file(kernel);
-    let error = BootFiles::open(kernel.path(), None, "", protocol).unwrap_err();
+    let error = BootFiles::open(kernel.path(), None::<&Path>, "", protocol).unwrap_err();
     let prefix = format!("boot-source.kernel_image_path: kernel {}: ", kernel.path().display());
     error.to_string().strip_prefix(&prefix).unwrap().to_owned()
 }
@@ -55,7 +55,7 @@ fn vmlinux_by_pvh() {
 #[test]
 fn vmlinux_by_the_64_bit_protocol() {
     let kernel = file(&vmlinux());
-    let files = BootFiles::open(kernel.path(), None, "", Protocol::Linux64).unwrap();
+    let files = BootFiles::open(kernel.path(), None::<&Path>, "", Protocol::Linux64).unwrap();
     let memory = guest_memory(32 * MIB);
     let entry = files.plan(32 * MIB).unwrap().load(&memory).unwrap();
     assert_eq!((entry.protocol(), entry.instruction()), (Protocol::Linux64, 0x100_0100));
@@ -115,7 +115,7 @@ fn initrd_ends_at_the_kernels_limit_and_below_3_gib() {
 
 #[test]
 fn missing_empty_and_foreign_kernels() {
-    let error = BootFiles::open(Path::new("/nonexistent/k"), None, "", Protocol::Auto).unwrap_err();
+    let error = BootFiles::open(Path::new("/nonexistent/k"), None::<&Path>, "", Protocol::Auto).unwrap_err();
     assert_eq!(
         error.to_string(),
         "boot-source.kernel_image_path: kernel /nonexistent/k: cannot be opened: No such file or directory \
@@ -309,7 +309,8 @@ fn pvh_is_refused_where_it_is_not_offered() {
 #[test]
 fn a_kernel_that_shrinks_after_the_plan_is_noticed() {
     let kernel = file(&vmlinux());
-    let plan = BootFiles::open(kernel.path(), None, "", Protocol::Auto).unwrap().plan(32 * MIB).unwrap();
+    let plan =
+        BootFiles::open(kernel.path(), None::<&Path>, "", Protocol::Auto).unwrap().plan(32 * MIB).unwrap();
     kernel.as_file().set_len(0x800).unwrap();
     let message = plan.load(&guest_memory(32 * MIB)).unwrap_err().to_string();
     assert!(message.ends_with("became shorter while it was read: it had 4916 bytes when it was opened"));

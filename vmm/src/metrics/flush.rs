@@ -2,10 +2,10 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use cofferdam_api::source::Source;
 use cofferdam_metrics::{Group, JsonLine};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use thiserror::Error;
@@ -13,7 +13,6 @@ use tracing::warn;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::Metrics;
-use crate::descriptor::Source;
 use crate::lines::Lines;
 
 /// Time between two lines.
@@ -61,7 +60,7 @@ impl Flusher {
     /// To `path`, which may be `fd:N`.
     pub fn open(path: &Path) -> Result<Self, MetricsError> {
         let name = path.to_string_lossy();
-        let lines = Source::from_str(&name)
+        let lines = Source::of(path)
             .map_err(io::Error::other)
             .and_then(|source| Lines::open(&source))
             .map_err(|error| MetricsError::Open { path: name.into_owned(), error })?;

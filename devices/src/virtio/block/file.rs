@@ -6,12 +6,16 @@
 //!
 //! A writable file is locked exclusively and a read-only one shared (`flock`), so
 //! that no two domains write one file, and none reads what another one writes.
-//! The lock belongs to the open file and ends with the process that holds it.
+//! The lock belongs to the open file and ends when the drive no longer uses it. (A file that was opened by someone
+//! else is unlocked then, as they may keep it open.)
 
-use std::fs::{File, FileType, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::ops::Deref;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
@@ -174,7 +178,7 @@ impl ZeroMethod {
 /// An open and locked drive.
 #[derive(Debug)]
 pub struct BlockFile {
-    pub(super) file: File,
+    pub(super) file: LockedFile,
     pub(super) path: PathBuf,
     /// Size, bytes; not 0, and a multiple of `block_size`.
     pub(super) size: u64,
@@ -195,31 +199,13 @@ impl BlockFile {
     /// Opens, checks and locks the drive that `options` describe.
     pub fn open(options: BlockOptions) -> Result<Self, BlockFileError> {
         let BlockOptions { source, read_only, cache, engine, block_size, id, limits } = options;
-        if block_size != 512 && block_size != 4096 {
-            return Err(BlockFileError::BlockSize(block_size));
-        }
-        let (file, path) = match source {
-            BlockSource::Path(path) => (open_path(&path, read_only)?, path),
-            BlockSource::File(file, path) => (file, path),
-        };
-        let host = |action, error: io::Error| BlockFileError::Host { path: path.clone(), action, error };
-        let kind = file.metadata().map_err(|error| host("stat", error))?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(BlockFileError::FileKind(path));
-        }
-        set_flags(&file, &path, read_only)?;
-        lock(&file, &path, read_only)?;
-        let size = size(&file, kind).map_err(|error| host("size", error))?;
-        if size == 0 {
-            return Err(BlockFileError::Empty(path));
-        }
-        if !size.is_multiple_of(u64::from(block_size)) {
-            return Err(BlockFileError::Size { path, size, block_size });
-        }
-        let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|stat| MEMORY_MAGIC.contains(&stat.f_type));
+        let (file, path) = open(source, read_only)?;
+        let file = LockedFile::new(file, &path, read_only)?;
+        // The size can be relied on only now.
+        let size = checked_size(&file, &path, block_size)?;
         let (no_punch_hole, no_zero_range) = Default::default();
         Ok(Self {
-            in_memory,
+            in_memory: is_in_memory(&file),
             file,
             path,
             size,
@@ -232,6 +218,36 @@ impl BlockFile {
             no_punch_hole,
             no_zero_range,
         })
+    }
+
+    /// Opens `source` for the same drive to go on with. It may be the same file, which then keeps its lock, with
+    /// another size.
+    pub fn reopen(&self, source: BlockSource) -> Result<Self, BlockFileError> {
+        let (file, path) = open(source, self.read_only)?;
+        let host = |error| BlockFileError::Host { path: path.clone(), action: "stat", error };
+        let identity =
+            |file: &File| file.metadata().map(|metadata| (metadata.dev(), metadata.ino())).map_err(host);
+        let file = if identity(&file)? == identity(&self.file)? {
+            self.file.clone()
+        } else {
+            LockedFile::new(file, &path, self.read_only)?
+        };
+        Ok(Self {
+            size: checked_size(&file, &path, self.block_size)?,
+            in_memory: is_in_memory(&file),
+            file,
+            path,
+            id: self.id.clone(),
+            no_punch_hole: AtomicBool::new(false),
+            no_zero_range: AtomicBool::new(false),
+            ..*self
+        })
+    }
+
+    /// Checks the drive that `options` describe, but for locks.
+    pub fn check(options: BlockOptions) -> Result<(), BlockFileError> {
+        let (file, path) = open(options.source, options.read_only)?;
+        checked_size(&file, &path, options.block_size).map(drop)
     }
 
     /// Size of the drive, bytes.
@@ -260,6 +276,58 @@ impl BlockFile {
             ZeroMethod::Write => {}
         }
     }
+}
+
+/// A file that is locked as long as it is used here.
+#[derive(Clone, Debug)]
+pub(super) struct LockedFile(Arc<Locked>);
+
+#[derive(Debug)]
+struct Locked(File);
+
+impl LockedFile {
+    fn new(file: File, path: &Path, read_only: bool) -> Result<Self, BlockFileError> {
+        lock(&file, path, read_only)?;
+        Ok(Self(Arc::new(Locked(file))))
+    }
+}
+
+impl Deref for LockedFile {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        &self.0.0
+    }
+}
+
+impl AsFd for LockedFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.0.as_fd()
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // It fails only on file systems without locks.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+/// Opens `source`, which may be no other kind of file than a drive can be; and says what messages call it.
+fn open(source: BlockSource, read_only: bool) -> Result<(File, PathBuf), BlockFileError> {
+    let (file, path) = match source {
+        BlockSource::Path(path) => (open_path(&path, read_only)?, path),
+        BlockSource::File(file, path) => (file, path),
+    };
+    let kind = match file.metadata() {
+        Ok(metadata) => metadata.file_type(),
+        Err(error) => return Err(BlockFileError::Host { path, action: "stat", error }),
+    };
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(BlockFileError::FileKind(path));
+    }
+    set_flags(&file, &path, read_only)?;
+    Ok((file, path))
 }
 
 fn open_path(path: &Path, read_only: bool) -> Result<File, BlockFileError> {
@@ -312,9 +380,26 @@ fn lock(file: &File, path: &Path, read_only: bool) -> Result<(), BlockFileError>
     }
 }
 
-fn size(file: &File, kind: FileType) -> io::Result<u64> {
-    if kind.is_file() {
-        return Ok(file.metadata()?.len());
+fn is_in_memory(file: &File) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|stat| MEMORY_MAGIC.contains(&stat.f_type))
+}
+
+fn checked_size(file: &File, path: &Path, block_size: u32) -> Result<u64, BlockFileError> {
+    let path = || path.to_owned();
+    if block_size != 512 && block_size != 4096 {
+        return Err(BlockFileError::BlockSize(block_size));
+    }
+    match size(file).map_err(|error| BlockFileError::Host { path: path(), action: "size", error })? {
+        0 => Err(BlockFileError::Empty(path())),
+        size if size.is_multiple_of(u64::from(block_size)) => Ok(size),
+        size => Err(BlockFileError::Size { path: path(), size, block_size }),
+    }
+}
+
+fn size(file: &File) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    if metadata.is_file() {
+        return Ok(metadata.len());
     }
     // The end of a block device is what BLKGETSIZE64 gives.
     Ok(rustix::fs::seek(file, SeekFrom::End(0))?)

@@ -61,7 +61,7 @@ use self::timer::Timer;
 use self::uring::{Finished, Uring};
 use super::chain::{Chain, ChainError};
 use super::{ActivateError, DEVICE_EVENTS, Driver, Memory, VirtioDevice, VirtioInterrupt, used};
-use crate::rate_limiter::{RateLimitError, RateLimiter};
+use crate::rate_limiter::{RateLimitChange, RateLimitError, RateLimiter};
 use crate::tally::Tally;
 
 /// Operations of the ring have completed.
@@ -176,10 +176,7 @@ impl Block {
     }
 
     /// The same, with another way to get a ring.
-    fn with_uring(
-        file: BlockFile,
-        uring: impl FnOnce(Arc<BlockFile>, u16) -> io::Result<Uring>,
-    ) -> Result<Self, BlockError> {
+    fn with_uring(file: BlockFile, uring: impl FnOnce(u16) -> io::Result<Uring>) -> Result<Self, BlockError> {
         let file = Arc::new(file);
         let id = || file.id.clone();
         let limiter = RateLimiter::new(file.limits, Instant::now())
@@ -188,10 +185,10 @@ impl Block {
             Engine::Sync => None,
             Engine::Auto if file.in_memory => None,
             Engine::Async => {
-                let ring = uring(file.clone(), QUEUE_SIZE);
+                let ring = uring(QUEUE_SIZE);
                 Some(ring.map_err(|error| BlockError::Uring { id: id(), error })?)
             }
-            Engine::Auto => uring(file.clone(), QUEUE_SIZE)
+            Engine::Auto => uring(QUEUE_SIZE)
                 .inspect_err(|error| info!("drive {}: without io_uring: {error}", file.id))
                 .ok(),
         };
@@ -210,6 +207,27 @@ impl Block {
             timer_failures: Tally::default(),
             slow_resets: Tally::default(),
         })
+    }
+
+    /// The file, to [reopen](BlockFile::reopen) it.
+    pub fn file(&self) -> Arc<BlockFile> {
+        self.file.clone()
+    }
+
+    /// Goes on with `file`, which [`BlockFile::reopen`] gave, and with the same engine. Requests under way end on the file
+    /// that they were begun on.
+    /// To be called by [`MmioTransport::reconfigure`](super::mmio::MmioTransport::reconfigure): the capacity changes.
+    pub fn replace(&mut self, file: BlockFile) {
+        self.limits = config::limits(&file);
+        self.file = Arc::new(file);
+    }
+
+    /// Changes the limits on bandwidth and operations, with full buckets. To be called on the event loop thread.
+    pub fn limit(&mut self, change: RateLimitChange) -> Result<(), RateLimitError> {
+        self.limiter.change(change, Instant::now())?;
+        // What waited for the former buckets, perhaps for hours, waits for these.
+        self.turn();
+        Ok(())
     }
 
     /// Whether I/O goes through io_uring.
@@ -338,7 +356,7 @@ impl Block {
     /// Gives `operation` to the engine; back if it has ended already.
     fn run(&mut self, mut operation: Operation) -> Option<Finished> {
         match &mut self.uring {
-            Some(uring) => uring.start(operation),
+            Some(uring) => uring.start(operation, &self.file),
             None => {
                 let result = sync::run(&self.file, &mut operation);
                 Some((operation, result))

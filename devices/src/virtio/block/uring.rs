@@ -1,10 +1,10 @@
 //! The engine that does not wait: io_uring, its completions signalled by an eventfd.
 //!
 //! Every operation that the kernel works on is owned by the ring, in a slot whose
-//! index is the `user_data` of its entries; so its vectors and the guest memory
-//! behind them stay in place until the completion is there. An operation has one
-//! entry in the ring at a time and there are as many slots as entries, so the
-//! rings have room for all of them.
+//! index is the `user_data` of its entries; so its vectors, the guest memory behind
+//! them and its file stay in place until the completion is there, also when the drive
+//! has got another file meanwhile. An operation has one entry in the ring at a time
+//! and there are as many slots as entries, so the rings have room for all of them.
 //!
 //! If the kernel takes no more entries, an operation is run at once, by the
 //! synchronous engine: slower, but neither lost nor stuck.
@@ -37,19 +37,24 @@ const PAUSE: Duration = Duration::from_millis(1);
 pub(super) struct Uring {
     ring: IoUring,
     event: OwnedFd,
-    file: Arc<BlockFile>,
     /// Operations under way, by slot.
-    slots: Vec<Option<Operation>>,
+    slots: Vec<Option<Slot>>,
     /// Slots not in use.
     free: Vec<usize>,
     /// Whether the kernel stopped taking entries; then operations are run at once.
     dead: bool,
 }
 
+/// An operation under way, and the file that it is made on.
+struct Slot {
+    operation: Operation,
+    file: Arc<BlockFile>,
+}
+
 impl Uring {
-    /// A ring for `depth` operations on `file`. An error if this kernel, or a policy of the host, does not
+    /// A ring for `depth` operations. An error if this kernel, or a policy of the host, does not
     /// allow everything that the engine needs.
-    pub(super) fn new(file: Arc<BlockFile>, depth: u16) -> io::Result<Self> {
+    pub(super) fn new(depth: u16) -> io::Result<Self> {
         let mut ring = IoUring::new(u32::from(depth))?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
@@ -63,7 +68,7 @@ impl Uring {
         ring.submitter().register_eventfd(event.as_raw_fd())?;
         let depth = usize::from(depth);
         let slots = (0..depth).map(|_| None).collect();
-        Ok(Self { ring, event, file, slots, free: (0..depth).rev().collect(), dead: false })
+        Ok(Self { ring, event, slots, free: (0..depth).rev().collect(), dead: false })
     }
 
     /// Readable when operations have completed.
@@ -86,34 +91,33 @@ impl Uring {
         self.slots.len().saturating_sub(self.free.len())
     }
 
-    /// Puts `operation` into the ring, to be seen by the kernel at the next [`Self::submit`]. Given back
-    /// if that was impossible and it was run at once.
-    pub(super) fn start(&mut self, operation: Operation) -> Option<Finished> {
+    /// Puts `operation` on `file` into the ring, to be seen by the kernel at the next [`Self::submit`]. Given
+    /// back if that was impossible and it was run at once.
+    pub(super) fn start(&mut self, operation: Operation, file: &Arc<BlockFile>) -> Option<Finished> {
         let free = if self.dead { None } else { self.free.pop() };
-        let Some(slot) = free else { return Some(run(&self.file, operation)) };
+        let started = Slot { operation, file: file.clone() };
+        let Some(slot) = free else { return Some(started.run()) };
         if let Some(place) = self.slots.get_mut(slot) {
-            *place = Some(operation);
+            *place = Some(started);
         }
         self.push(slot)
     }
 
     /// Puts the next step of the operation in `slot` into the ring.
     fn push(&mut self, slot: usize) -> Option<Finished> {
-        let step = self.slots.get_mut(slot)?.as_mut()?.step();
-        let entry = entry(Fd(self.file.file.as_raw_fd()), &step).user_data(slot as u64);
+        let Slot { operation, file } = self.slots.get_mut(slot)?.as_mut()?;
+        let entry = entry(Fd(file.file.as_raw_fd()), &operation.step()).user_data(slot as u64);
         for _ in 0..2 {
             // SAFETY: the entry names memory of the operation in `slot`, which stays there, unchanged, until
             // the completion of this entry is taken out in `finished` or `drain`. The operation keeps guest
-            // memory mapped; its vectors are on the heap and do not move with it. The file is open for as
-            // long as the ring.
+            // memory mapped; its vectors are on the heap and do not move with it. The slot keeps the file open.
             if unsafe { self.ring.submission().push(&entry) }.is_ok() {
                 return None;
             }
             // Entries are left over only from a submission that failed; it may work now.
             let _ = self.ring.submit();
         }
-        let operation = self.take(slot)?;
-        Some(run(&self.file, operation))
+        self.take(slot).map(Slot::run)
     }
 
     fn next_completion(&mut self) -> Option<cqueue::Entry> {
@@ -121,10 +125,10 @@ impl Uring {
     }
 
     /// Takes the operation out of `slot`.
-    fn take(&mut self, slot: usize) -> Option<Operation> {
-        let operation = self.slots.get_mut(slot)?.take()?;
+    fn take(&mut self, slot: usize) -> Option<Slot> {
+        let taken = self.slots.get_mut(slot)?.take()?;
         self.free.push(slot);
-        Some(operation)
+        Some(taken)
     }
 
     /// Whether entries wait for [`Self::submit`].
@@ -152,14 +156,16 @@ impl Uring {
         loop {
             let completion = self.next_completion()?;
             let slot = usize::try_from(completion.user_data()).ok()?;
-            let Some(operation) = self.slots.get_mut(slot).and_then(Option::as_mut) else { continue };
-            match operation.advance(&self.file, decode(completion.result())) {
+            let Some(Slot { operation, file }) = self.slots.get_mut(slot).and_then(Option::as_mut) else {
+                continue;
+            };
+            match operation.advance(file, decode(completion.result())) {
                 Progress::More => {
                     if let Some(finished) = self.push(slot) {
                         return Some(finished);
                     }
                 }
-                Progress::Done(result) => return self.take(slot).map(|operation| (operation, result)),
+                Progress::Done(result) => return self.take(slot).map(|slot| (slot.operation, result)),
             }
         }
     }
@@ -189,7 +195,7 @@ impl Uring {
                 Err(error) => {
                     // What was never submitted is not known to the kernel; the rest still completes.
                     if self.in_flight() <= self.ring.submission().len() {
-                        warn!("{}: io_uring: {error}; going on without", self.file.path.display());
+                        warn!("a drive: io_uring: {error}; going on without");
                         self.slots.fill_with(|| None);
                         self.dead = true;
                     }
@@ -215,9 +221,12 @@ fn try_out(ring: &mut IoUring) -> io::Result<()> {
     ring.completion().next().map(|_| ()).ok_or_else(|| Errno::IO.into())
 }
 
-fn run(file: &BlockFile, mut operation: Operation) -> Finished {
-    let result = sync::run(file, &mut operation);
-    (operation, result)
+impl Slot {
+    /// Runs the operation at once.
+    fn run(mut self) -> Finished {
+        let result = sync::run(&self.file, &mut self.operation);
+        (self.operation, result)
+    }
 }
 
 /// The entry that makes the system call `step`.
@@ -251,11 +260,11 @@ mod tests {
     use crate::virtio::block::file::{BlockOptions, BlockSource};
     use crate::virtio::block::operation::{Ticket, Work};
 
-    fn uring(depth: u16) -> Uring {
+    fn file() -> Arc<BlockFile> {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         let options = BlockOptions::new(BlockSource::File(file, "test".into()), "disk");
-        Uring::new(Arc::new(BlockFile::open(options).unwrap()), depth).unwrap()
+        Arc::new(BlockFile::open(options).unwrap())
     }
 
     fn write(head: u16, bytes: u64) -> Operation {
@@ -282,11 +291,11 @@ mod tests {
 
     #[test]
     fn operations_come_back_once_and_signal_the_event() {
-        let mut uring = uring(4);
+        let (mut uring, file) = (Uring::new(4).unwrap(), file());
         for round in 0..10 {
             for head in 0..4 {
                 assert!(!uring.is_full());
-                assert!(uring.start(write(round * 4 + head, 512)).is_none());
+                assert!(uring.start(write(round * 4 + head, 512), &file).is_none());
             }
             assert!(uring.is_full());
             assert_eq!(finish(&mut uring, 4), (round * 4..round * 4 + 4).collect::<Vec<_>>());
@@ -298,25 +307,41 @@ mod tests {
     }
 
     #[test]
+    fn an_operation_ends_on_the_file_that_it_was_begun_on() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(image.path(), [1; 2048]).unwrap();
+        let open = || BlockFile::open(BlockOptions::new(BlockSource::Path(image.path().into()), "disk"));
+        let (mut uring, former) = (Uring::new(4).unwrap(), Arc::new(open().unwrap()));
+        assert!(uring.start(write(1, 512), &former).is_none());
+        drop(former);
+        assert!(uring.start(write(2, 512), &file()).is_none());
+        open().expect_err("it is in use");
+        assert_eq!(finish(&mut uring, 2), [1, 2]);
+        open().expect("it is not any more");
+        let content = std::fs::read(image.path()).unwrap();
+        assert_eq!(content, [[1; 512], [0; 512], [1; 512], [1; 512]].concat());
+    }
+
+    #[test]
     fn without_a_slot_an_operation_is_run_at_once() {
-        let mut uring = uring(2);
-        assert!(uring.start(write(0, 512)).is_none());
-        assert!(uring.start(write(1, 512)).is_none());
-        let (operation, result) = uring.start(write(2, 512)).unwrap();
+        let (mut uring, file) = (Uring::new(2).unwrap(), file());
+        assert!(uring.start(write(0, 512), &file).is_none());
+        assert!(uring.start(write(1, 512), &file).is_none());
+        let (operation, result) = uring.start(write(2, 512), &file).unwrap();
         assert_eq!((operation.ticket.head, operation.moved(), result), (2, 512, Ok(())));
         assert_eq!(finish(&mut uring, 2), [0, 1]);
     }
 
     #[test]
     fn draining_forgets_what_is_under_way_and_what_is_not_submitted() {
-        let mut uring = uring(4);
-        uring.start(write(0, 1 << 20));
+        let (mut uring, file) = (Uring::new(4).unwrap(), file());
+        uring.start(write(0, 1 << 20), &file);
         uring.submit().unwrap();
-        uring.start(write(1, 512));
+        uring.start(write(1, 512), &file);
         uring.drain(|_| {});
         assert_eq!((uring.in_flight(), uring.has_unsubmitted()), (0, false));
         assert!(uring.finished().is_none());
-        uring.start(write(2, 512));
+        uring.start(write(2, 512), &file);
         assert_eq!(finish(&mut uring, 1), [2]);
     }
 }

@@ -231,11 +231,24 @@ fn a_well_behaved_driver_gets_its_queues() {
         driver.interrupt.clone()
     };
     interrupt.used();
-    interrupt.config_changed();
+    let changed = rig.transport.reconfigure(|device: &mut Fake| {
+        device.seen.lock().unwrap().config[0] = 9;
+        rig.get(CONFIG_GENERATION)
+    });
+    assert_eq!(changed, Some(1), "a driver that reads the new space reads the new generation after it");
     assert_eq!((rig.line.edges(), rig.get(CONFIG_GENERATION)), (2, 1));
     assert_eq!(rig.get(INTERRUPT_STATUS), interrupt_status::USED | interrupt_status::CONFIG);
     rig.set(INTERRUPT_ACK, interrupt_status::USED);
     assert_eq!(rig.get(INTERRUPT_STATUS), interrupt_status::CONFIG);
+}
+
+#[test]
+fn a_device_is_reached_by_its_type_and_a_change_of_it_is_told_to_nobody_without_a_driver() {
+    let rig = Rig::new();
+    assert_eq!(rig.transport.with_device(|device: &mut Fake| device.device_type()), Some(42));
+    assert_eq!(rig.transport.with_device(|_: &mut crate::virtio::block::Block| ()), None);
+    assert_eq!(rig.transport.reconfigure(|_: &mut Fake| ()), Some(()));
+    assert_eq!((rig.line.edges(), rig.get(INTERRUPT_STATUS), rig.get(CONFIG_GENERATION)), (0, 0, 1));
 }
 
 #[test]

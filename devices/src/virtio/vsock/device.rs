@@ -88,8 +88,8 @@ struct Active {
 
 impl Vsock {
     /// A device for the guest `guest_cid` (3 to 2^32 - 2). Programs of the host connect to `listener`; the guest's
-    /// connections go to the socket `prefix` followed by `_` and the port.
-    pub fn new(guest_cid: u32, listener: UnixListener, prefix: PathBuf) -> Result<Self, VsockError> {
+    /// connections go to the socket `prefix` followed by `_` and the port; without one they are reset.
+    pub fn new(guest_cid: u32, listener: UnixListener, prefix: Option<PathBuf>) -> Result<Self, VsockError> {
         if u64::from(guest_cid) <= HOST_CID || guest_cid == u32::MAX {
             return Err(VsockError::GuestCid(guest_cid));
         }

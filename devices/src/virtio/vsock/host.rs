@@ -117,12 +117,13 @@ pub trait Host: Send {
 /// Unix sockets of the host.
 pub struct UnixHost {
     listener: UnixListener,
-    prefix: PathBuf,
+    prefix: Option<PathBuf>,
 }
 
 impl UnixHost {
-    /// Programs connect to `listener`, and listen on `prefix` followed by `_` and the port.
-    pub fn new(listener: UnixListener, prefix: PathBuf) -> io::Result<Self> {
+    /// Programs connect to `listener`, and listen on `prefix` followed by `_` and the port. Without `prefix` the guest
+    /// can connect to none.
+    pub fn new(listener: UnixListener, prefix: Option<PathBuf>) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Self { listener, prefix })
     }
@@ -140,7 +141,8 @@ impl Host for UnixHost {
     }
 
     fn connect(&mut self, port: u32) -> io::Result<HostStream> {
-        let mut path = OsString::from(&self.prefix);
+        let prefix = self.prefix.as_ref().ok_or(ErrorKind::ConnectionRefused)?;
+        let mut path = OsString::from(prefix);
         path.push(format!("_{port}"));
         connect_to(Path::new(&path)).map(HostStream)
     }

@@ -1,5 +1,6 @@
 //! The whole device, with real files, hand-made queues, and both engines.
 
+mod change;
 mod guest;
 mod hostile;
 mod io;

@@ -31,7 +31,7 @@ fn offer_reads(guest: &mut Guest, count: u64) {
 
 #[test]
 fn auto_takes_the_synchronous_engine_where_rings_are_refused() {
-    let refuse = |_, _| Err(Errno::PERM.into());
+    let refuse = |_| Err(Errno::PERM.into());
     let open = |engine| {
         let mut file = BlockFile::open(options(&image(512), engine)).unwrap();
         file.in_memory = false;
@@ -63,7 +63,7 @@ fn a_drive_without_a_ring_works_all_the_same() {
     let file = image(4096);
     let mut guest = Guest::new(options(&file, Engine::Auto));
     let drive = BlockFile::open(BlockOptions { read_only: true, ..options(&image(4096), Engine::Auto) });
-    guest.device = Block::with_uring(drive.unwrap(), |_, _| Err(Errno::NOSYS.into())).unwrap();
+    guest.device = Block::with_uring(drive.unwrap(), |_| Err(Errno::NOSYS.into())).unwrap();
     guest.activate(0);
     let answer = guest.request(VIRTIO_BLK_T_IN, 1, &[], 512);
     assert_eq!(answer.data, (512..1024).map(pattern).collect::<Vec<_>>());

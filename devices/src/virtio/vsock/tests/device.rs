@@ -14,7 +14,7 @@ use super::driver::{Driver, GUEST_CID, Socket, op};
 use crate::virtio::VirtioDevice;
 use crate::virtio::vsock::connection::PATIENCE;
 use crate::virtio::vsock::device::{Vsock, VsockError};
-use crate::virtio::vsock::host::{BindError, bind};
+use crate::virtio::vsock::host::{BindError, Host, UnixHost, bind};
 use crate::virtio::vsock::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
 /// A buffer like those of Linux.
@@ -439,10 +439,19 @@ fn identifiers_that_no_guest_can_have_are_refused() {
         [(0, false), (1, false), (2, false), (3, true), (u32::MAX - 1, true), (u32::MAX, false)]
     {
         let (listener, _file) = bind(&directory.path().join("s")).unwrap();
-        let device = Vsock::new(cid, listener, "s".into());
+        let device = Vsock::new(cid, listener, None);
         assert_eq!(device.is_ok(), good, "{cid}");
         assert!(good || matches!(device, Err(VsockError::GuestCid(refused)) if refused == cid));
     }
+}
+
+#[test]
+fn without_a_path_the_guest_reaches_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let (listener, _file) = bind(&directory.path().join("s")).unwrap();
+    let _program = UnixListener::bind(directory.path().join("_80")).unwrap();
+    let error = UnixHost::new(listener, None).unwrap().connect(80).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
 }
 
 #[test]

@@ -68,7 +68,8 @@ impl Bench {
         let path = directory.path().join("s");
         let (listener, file) = bind(&path).unwrap();
         let exhausted = Arc::new(AtomicBool::new(false));
-        let host = Scarce { host: UnixHost::new(listener, path).unwrap(), exhausted: exhausted.clone() };
+        let host =
+            Scarce { host: UnixHost::new(listener, Some(path)).unwrap(), exhausted: exhausted.clone() };
         let mut muxer = Muxer::new(u64::from(GUEST_CID), host, FEW).unwrap();
         muxer.open();
         Self { muxer, exhausted, memory: memory(&[(0, 0x4_0000)]), directory, _file: file }
