@@ -72,9 +72,9 @@ pub enum Command {
     Resume(Target),
     /// Wait until a domain ends, and exit with its exit code
     Wait(WaitArgs),
-    /// Image files: what hardware measures of them, and signatures
+    /// Image files: made, looked into, measured, signed
     #[command(subcommand)]
-    Image(ImageCommand),
+    Image(Box<ImageCommand>),
     /// Questions about this machine
     #[command(subcommand)]
     Host(HostCommand),

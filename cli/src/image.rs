@@ -1,6 +1,9 @@
-//! `cofferdam image`: what hardware will say of an image, and signatures for it.
+//! `cofferdam image`: makes image files, looks into them, says what hardware will
+//! measure of them, and signs them.
 
+mod build;
 mod corim;
+mod inspect;
 mod measure;
 mod realm;
 mod reference;
@@ -16,6 +19,8 @@ use cofferdam_confidential::digest::cca::CcaError;
 use cofferdam_confidential::digest::snp::SnpError;
 use cofferdam_confidential::digest::tdx::TdxError;
 use cofferdam_confidential::igvm::ReadError;
+use cofferdam_confidential::igvm::writer::WriteError;
+use cofferdam_confidential::image::compose::ComposeError;
 use cofferdam_confidential::image::walk::WalkError;
 use cofferdam_firmware::manifest::ManifestError;
 
@@ -27,6 +32,10 @@ const FAILED: u8 = 125;
 /// The commands about image files.
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
+    /// Make one file of a kernel, an initrd and a command line
+    Build(build::BuildArgs),
+    /// Say what is in an image file, and how many pages hardware would measure
+    Inspect(inspect::InspectArgs),
     /// Say what the hardware will measure, and what else a verifier must check
     Measure(measure::MeasureArgs),
     /// Sign an image for SNP: an ID block and its authentication
@@ -60,6 +69,15 @@ pub enum ImageError {
         /// Why.
         source: ReadError,
     },
+    /// There is no image of these files.
+    #[error(transparent)]
+    Compose(#[from] ComposeError),
+    /// The format cannot hold the image.
+    #[error(transparent)]
+    Format(#[from] WriteError),
+    /// The format cannot hold a part of the image.
+    #[error(transparent)]
+    FormatOfPart(#[from] WalkError<WriteError>),
     /// The manifest of an image of ours is not what the first stage accepts.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -86,6 +104,8 @@ pub enum ImageError {
 /// Runs a command. Returns 0, or 125 after saying why not.
 pub fn run(command: &ImageCommand) -> u8 {
     let result = match command {
+        ImageCommand::Build(args) => build::build(args),
+        ImageCommand::Inspect(args) => inspect::inspect(args),
         ImageCommand::Measure(args) => measure::measure(args),
         ImageCommand::Sign(args) => sign::sign(args),
     };

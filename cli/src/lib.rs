@@ -1,5 +1,5 @@
-//! The command `cofferdam`: starts domains and shows what becomes of them, and
-//! tells what a host can do.
+//! The command `cofferdam`: starts domains and shows what becomes of them, makes
+//! images of them, and tells what a host can do.
 
 mod args;
 mod console;

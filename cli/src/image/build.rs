@@ -1,0 +1,167 @@
+//! `cofferdam image build`: one file of a kernel, an initrd and a command line.
+
+use std::path::PathBuf;
+use std::{fs, io, process};
+
+use clap::Args;
+use cofferdam_api::config::DEFAULT_COMMAND_LINE;
+use cofferdam_confidential::igvm::writer::Writer;
+use cofferdam_confidential::image::compose::{Blob, Options, Source, compose};
+use cofferdam_confidential::image::importer::ImagePlatform;
+use cofferdam_confidential::image::inspect::hex;
+use cofferdam_confidential::image::walk::Selection;
+use cofferdam_firmware::{boot, layout};
+
+use super::{ImageError, read_file};
+use crate::units::parse_size;
+
+const EXAMPLES: &str = "\
+Examples:
+  cofferdam image build --kernel vmlinuz --initrd initrd.img -o domain.igvm
+
+  Only for AMD SEV-SNP, at most 4 CPUs and 2 GiB, with one socket (a guest policy of the SNP firmware ABI):
+    cofferdam image build --kernel vmlinuz --initrd initrd.img --max-cpus 4 --max-memory 2G \\
+        --platforms snp --policy snp=0x130000 -o domain.igvm
+
+The same inputs give the same file, byte for byte, on every machine with the same cofferdam.";
+
+/// `cofferdam image build`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct BuildArgs {
+    /// The kernel: an ELF vmlinux or a bzImage
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// The initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line, at most 2048 bytes
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, default_value = DEFAULT_COMMAND_LINE)]
+    pub cmdline: String,
+    /// Most CPUs that a domain may have, 1 to 32 [default: 32]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(layout::MAX_VCPUS)))]
+    pub max_cpus: Option<u8>,
+    /// Most memory that a domain may have [default: 64G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_memory: Option<u64>,
+    /// Who can run it
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = parse_platform,
+          default_value = "plain,snp,tdx")]
+    pub platforms: Vec<ImagePlatform>,
+    /// snp=N or tdx=N for a platform's guest policy (IGVM's bits), host-data to give the kernel the host's 32 bytes
+    ///
+    /// snp=N is POLICY of the SNP firmware ABI, by default 0x30000: threads may share a core, no debugging, no
+    /// migration. tdx=N has bit 0 (debugging) and 1 (no #VE for pages that are not accepted), by default 0x2.
+    #[arg(long, value_name = "POLICY,…", value_delimiter = ',', value_parser = parse_policy)]
+    pub policy: Vec<Policy>,
+    /// The image file to write
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+}
+
+/// One policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// The kernel gets the host's data.
+    HostData,
+    /// Guest policy of SNP.
+    Snp(u64),
+    /// IGVM's policy of TDX.
+    Tdx(u64),
+}
+
+fn parse_platform(text: &str) -> Result<ImagePlatform, String> {
+    [ImagePlatform::Plain, ImagePlatform::Snp, ImagePlatform::Tdx]
+        .into_iter()
+        .find(|platform| platform.name() == text)
+        .ok_or_else(|| format!("{text:?} is not plain, snp or tdx"))
+}
+
+fn parse_policy(text: &str) -> Result<Policy, String> {
+    let number = |digits: &str| match digits.strip_prefix("0x") {
+        Some(hexadecimal) => u64::from_str_radix(hexadecimal, 16),
+        None => digits.parse(),
+    };
+    let value = |digits| number(digits).map_err(|_| format!("{digits:?} is not a number such as 0x30000"));
+    match text.split_once('=') {
+        None if text == "host-data" => Ok(Policy::HostData),
+        Some(("snp", digits)) => value(digits).map(Policy::Snp),
+        Some(("tdx", digits)) => value(digits).map(Policy::Tdx),
+        _ => Err("not snp=N, tdx=N or host-data".to_owned()),
+    }
+}
+
+impl BuildArgs {
+    fn options(&self) -> Options {
+        let mut options = Options { platforms: self.platforms.clone(), ..Options::default() };
+        options.max_vcpus = self.max_cpus.unwrap_or(options.max_vcpus);
+        options.max_memory = self.max_memory.unwrap_or(options.max_memory);
+        for policy in &self.policy {
+            match *policy {
+                Policy::HostData => options.host_data = true,
+                Policy::Snp(value) => options.snp_policy = value,
+                Policy::Tdx(value) => options.tdx_policy = value,
+            }
+        }
+        options
+    }
+}
+
+/// Builds an image. Returns what to print.
+pub fn build(args: &BuildArgs) -> Result<String, ImageError> {
+    let kernel = read_file(&args.kernel)?;
+    let initrd = args.initrd.as_deref().map(read_file).transpose()?;
+    let source = Source {
+        kernel: Blob::of(&kernel),
+        kernel_head: kernel.get(..boot::HEAD).unwrap_or(&kernel),
+        initrd: initrd.as_deref().map(Blob::of),
+        command_line: &args.cmdline,
+    };
+    let composition = compose(&source, &args.options())?;
+    let mut writer = Writer::default();
+    composition.walk(Selection::All, &mut writer)?;
+    let mut image = Vec::new();
+    writer.write(&mut image)?;
+    replace(args, &image).map_err(|source| ImageError::Write { path: args.output.clone(), source })?;
+    Ok(format!(
+        "{}: {} bytes, SHA-256 {}\n",
+        args.output.display(),
+        image.len(),
+        hex(&Blob::of(&image).sha256)
+    ))
+}
+
+/// Puts the image where it belongs, all of it or nothing. Who has mapped a file that was there keeps that one.
+fn replace(args: &BuildArgs, image: &[u8]) -> io::Result<()> {
+    let name = args.output.file_name().ok_or(io::ErrorKind::InvalidFilename)?.to_string_lossy();
+    let part = args.output.with_file_name(format!(".{name}.{}", process::id()));
+    let result = fs::write(&part, image).and_then(|()| fs::rename(&part, &args.output));
+    if result.is_err() {
+        // What is left of it, if anything.
+        let _ = fs::remove_file(&part);
+    }
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies() {
+        assert_eq!(parse_policy("host-data"), Ok(Policy::HostData));
+        assert_eq!(parse_policy("snp=0x30000"), Ok(Policy::Snp(0x30000)));
+        assert_eq!(parse_policy("tdx=3"), Ok(Policy::Tdx(3)));
+        for bad in
+            ["", "snp", "snp=", "snp=0x", "snp=-1", "plain=1", "host-data=1", "snp=0x10000000000000000"]
+        {
+            assert!(parse_policy(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn platforms() {
+        assert_eq!(parse_platform("snp"), Ok(ImagePlatform::Snp));
+        assert!(parse_platform("cca").is_err());
+    }
+}
