@@ -300,6 +300,10 @@ fn a_flood_on_the_console_waits_for_its_reader() {
         .with("console", format!("file={}", path.display()))
         .start();
     let end = Instant::now() + Duration::from_secs(60);
+    while running.monitor().is_none() {
+        assert!(Instant::now() < end, "no monitor");
+        thread::sleep(Duration::from_millis(1));
+    }
     // Full when no more comes, and the guest rests.
     let (mut last, mut since) = ((0, None), Instant::now());
     while last.0 == 0 || since.elapsed() < Duration::from_millis(500) {

@@ -5,8 +5,8 @@
 #![no_main]
 
 use cofferdam_firmware::layout::{
-    EVENT_PORT, EXIT_CODE_PORT, GUEST_PORT_MMIO, I8042_DATA_PORT, IO_APIC, PVPANIC_PORT, SERIAL_PORT,
-    SLEEP_CONTROL_PORT, VIRTIO_MMIO_STRIDE,
+    EVENT_PORT, EXIT_CODE_PORT, GUEST_PORT_MMIO, I8042_DATA_PORT, IO_APIC, PVPANIC_PORT, REFUSAL_PORT,
+    SERIAL_PORT, SLEEP_CONTROL_PORT, VIRTIO_MMIO_STRIDE,
 };
 use cofferdam_payloads::cpu::{inb, inl, insb, inw, outb, outl, outsb, outw};
 use cofferdam_payloads::disk::Disk;
@@ -262,7 +262,10 @@ fn io_apic() {
 
     for (offset, width) in (0..8).flat_map(|offset| WIDTHS.map(|width| (offset, width))) {
         mmio::read(GUEST_PORT_MMIO + offset, width);
-        mmio::write(GUEST_PORT_MMIO + offset, width, u64::MAX);
+        // A refusal ends the domain.
+        if !(offset..offset + width).contains(&u64::from(REFUSAL_PORT - EXIT_CODE_PORT)) {
+            mmio::write(GUEST_PORT_MMIO + offset, width, u64::MAX);
+        }
     }
 }
 
@@ -278,9 +281,9 @@ fn set(index: u32, value: u32) {
     mmio::write_u32(IO_APIC + 0x10, value);
 }
 
-/// Whether an access of `width` at `port` reaches the port that reports panics.
-fn reports_panic(port: u16, width: u16) -> bool {
-    (port..=port.saturating_add(width - 1)).contains(&PVPANIC_PORT)
+/// Whether an access of `width` at `port` reaches `other`.
+fn reaches(port: u16, width: u16, other: u16) -> bool {
+    (port..=port.saturating_add(width - 1)).contains(&other)
 }
 
 /// Every port where something is or might be, at any width; but nothing that ends the domain.
@@ -291,10 +294,17 @@ fn ports() {
         inw(port);
         inl(port);
         for value in [0, u32::MAX] {
-            let value = |width| if reports_panic(port, width) { 0 } else { value };
-            outb(port, value(1) as u8);
-            outw(port, value(2) as u16);
-            outl(port, value(4));
+            let value = |width| if reaches(port, width, PVPANIC_PORT) { 0 } else { value };
+            let refuses = |width| reaches(port, width, REFUSAL_PORT);
+            if !refuses(1) {
+                outb(port, value(1) as u8);
+            }
+            if !refuses(2) {
+                outw(port, value(2) as u16);
+            }
+            if !refuses(4) {
+                outl(port, value(4));
+            }
         }
     }
     restore_serial();
