@@ -68,7 +68,7 @@ bench: build payloads ## Side by side with the floor and with QEMU's microvm: a 
 fuzz: ## Each fuzz target for FUZZ_SECONDS (60); needs the nightly toolchain and cargo-fuzz
 	@tests/fuzz/run.sh
 
-manuals: ## Man pages and shell completions, in target/manuals
+manuals: deps ## Man pages and shell completions, in target/manuals
 	cargo run --quiet -p cofferdam-manuals -- "$(MANUALS)"
 
 install: build manuals ## The programs, man pages, completions and units, below PREFIX (/usr/local) and DESTDIR
