@@ -255,7 +255,7 @@ pub struct Vsock {
 
 /// The serial console. With neither field it is standard input and output.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "WireSerial")]
+#[serde(try_from = "WireSerial")]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Serial {
     /// Where the guest's output goes.

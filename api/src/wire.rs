@@ -164,6 +164,11 @@ impl TryFrom<WireMachinePatch> for MachinePatch {
     type Error = String;
 
     fn try_from(wire: WireMachinePatch) -> Result<Self, String> {
+        let lacking = [&wire.cpu_template, &wire.huge_pages, &wire.smt, &wire.track_dirty_pages];
+        if (wire.vcpu_count, wire.mem_size_mib) == (None, None) && lacking.iter().all(|value| value.is_null())
+        {
+            return Err("machine-config: a patch without a field".to_owned());
+        }
         refuse([
             ("machine-config.cpu_template", wire.cpu_template),
             ("machine-config.huge_pages", wire.huge_pages),
@@ -246,12 +251,19 @@ pub(crate) struct WireSerial {
     mode: Option<SerialMode>,
     #[serde(default)]
     serial_out_path: Option<PathBuf>,
+
+    #[serde(default)]
+    #[cfg_attr(test, schemars(skip))]
+    rate_limiter: Value,
 }
 
-impl From<WireSerial> for Serial {
-    fn from(wire: WireSerial) -> Self {
+impl TryFrom<WireSerial> for Serial {
+    type Error = String;
+
+    fn try_from(wire: WireSerial) -> Result<Self, String> {
+        refuse([("serial.rate_limiter", wire.rate_limiter)])?;
         let implied = if wire.serial_out_path.is_some() { SerialMode::File } else { SerialMode::Stdio };
-        Self { mode: wire.mode.unwrap_or(implied), serial_out_path: wire.serial_out_path }
+        Ok(Self { mode: wire.mode.unwrap_or(implied), serial_out_path: wire.serial_out_path })
     }
 }
 
@@ -326,5 +338,20 @@ mod tests {
         assert_eq!(read(r#"{"serial_out_path": "log"}"#), SerialMode::File);
         assert_eq!(read("{}"), SerialMode::Stdio);
         assert_eq!(read(r#"{"mode": "None"}"#), SerialMode::None);
+        assert_eq!(read(r#"{"rate_limiter": null}"#), SerialMode::Stdio);
+        let limited = r#"{"rate_limiter": {"size": 1, "refill_time": 1}}"#;
+        let error = serde_json::from_str::<Serial>(limited).unwrap_err().to_string();
+        assert!(error.starts_with("serial.rate_limiter: not supported"), "{error}");
+    }
+
+    #[test]
+    fn a_patch_of_the_machine_has_a_field() {
+        let read = serde_json::from_str::<MachinePatch>;
+        for empty in ["{}", r#"{"vcpu_count": null}"#] {
+            assert!(read(empty).unwrap_err().to_string().contains("a patch without a field"), "{empty}");
+        }
+        for text in [r#"{"smt": false}"#, r#"{"mem_size_mib": 64}"#] {
+            read(text).unwrap();
+        }
     }
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 use cofferdam_tests::api::ApiMonitor;
 use cofferdam_tests::place;
 use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -205,9 +205,84 @@ fn bad_requests_name_what_is_wrong_and_the_next_one_is_served() {
 }
 
 #[test]
+fn ids_that_are_no_plain_names_are_refused() {
+    let (folder, monitor) = monitor();
+    let image = folder.path().join("image");
+    fs::write(&image, [0; 512]).unwrap();
+    let drive = |id: &str| json!({"drive_id": id, "path_on_host": image}).to_string();
+    let long = "x".repeat(65);
+    let before = monitor.ask("GET /vm/config", "").1;
+    for (path, id, words) in [
+        ("..", "..", "\"..\" may only have letters"),
+        ("a.b", "a.b", "\"a.b\" may only have letters"),
+        (long.as_str(), long.as_str(), "65 bytes long; at most 64 are possible"),
+        ("a/b", "a/b", "Invalid request method and/or path"),
+        ("a%2Fb", "a/b", "does not match the id from the body [a/b]"),
+        ("a%00", "a\0", "does not match the id from the body"),
+        ("", "", "Invalid request method and/or path"),
+        ("a", "b", "The id from the path [a] does not match the id from the body [b]!"),
+    ] {
+        for method in ["PUT", "PATCH"] {
+            let message = monitor.refusal(&format!("{method} /drives/{path}"), &drive(id));
+            let too_early = method == "PATCH" && message.contains("before starting the microVM");
+            assert!(too_early || message.contains(words), "{method} {path:?} {id:?}: {message}");
+        }
+    }
+    // In a whole configuration there is no path that could differ.
+    for id in ["a/b", "..", "a\0", "", &long] {
+        let mut config = config("hello");
+        config["drives"] = json!([{"drive_id": id, "path_on_host": image}]);
+        let message = monitor.refusal("PUT /vm", &config.to_string());
+        assert!(message.starts_with("drives[0].drive_id: "), "{id:?}: {message}");
+    }
+    assert_eq!(monitor.ask("GET /vm/config", "").1, before);
+    monitor.done(&format!("PUT /drives/{}", "x".repeat(64)), &drive(&"x".repeat(64)));
+}
+
+#[test]
+fn a_path_may_vanish_between_check_and_use() {
+    let (folder, monitor) = monitor();
+    let (kernel, image) = (folder.path().join("kernel"), folder.path().join("image"));
+    let make = || {
+        fs::copy(place::payload("hello"), &kernel).unwrap();
+        fs::write(&image, [0; 512]).unwrap();
+    };
+    make();
+    monitor.done("PUT /boot-source", &json!({"kernel_image_path": kernel}).to_string());
+    monitor.done("PUT /drives/d", &json!({"drive_id": "d", "path_on_host": image}).to_string());
+    monitor.done("PUT /serial", r#"{"mode": "None"}"#);
+    for (path, field) in [(&image, "drives[0].path_on_host: "), (&kernel, "boot-source.kernel_image_path: ")]
+    {
+        fs::remove_file(path).unwrap();
+        let message = monitor.refusal("PUT /actions", START);
+        assert!(message.starts_with(field), "{message}");
+        // Something else in its place is looked at as well.
+        fs::create_dir(path).unwrap();
+        let message = monitor.refusal("PUT /actions", START);
+        assert!(message.starts_with(field), "{message}");
+        fs::remove_dir(path).unwrap();
+        assert_eq!(monitor.state(), "Not started");
+        make();
+    }
+    monitor.done("PUT /actions", START);
+    assert_eq!(monitor.finish().code(), Some(42));
+}
+
+#[test]
+fn the_version_is_told_as_firecracker_tells_its() {
+    let output = Command::new(place::monitor()).arg("--version").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let words: Vec<_> = text.lines().next().unwrap().split(' ').collect();
+    assert_eq!(words, ["Cofferdam", &format!("v{}", env!("CARGO_PKG_VERSION"))]);
+    assert_eq!(output.status.code(), Some(0));
+}
+
+#[test]
 fn idle_half_and_pipelined_requests_hold_up_nobody() {
     let (_folder, monitor) = monitor();
-    let _idle: Vec<_> = (0..200).map(|_| monitor.connect()).collect();
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
+    let _idle: Vec<_> = (0..1000).map(|_| monitor.connect()).collect();
     let mut half = monitor.connect();
     half.write(b"PUT /machine-config HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{");
     let mut pipelined = monitor.connect();
