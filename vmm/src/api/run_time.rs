@@ -115,7 +115,7 @@ impl RunTime {
             Some(path) => Some(reopen(device, index, path, &mut inherited)?.ok_or_else(no_drive)?),
             None => None,
         };
-        // Nothing is changed up to here, and from here on nothing fails: validation has refused bad limits.
+        // Nothing is changed up to here, and from here on nothing fails: a bucket that limits nothing is none.
         if let Some(limits) = patch.rate_limiter {
             let change = device.with_device(|block: &mut Block| block.limit(limit_change(limits)));
             change.ok_or_else(no_drive)?.map_err(|error| failed(StartError::Limits { index, error }))?;
