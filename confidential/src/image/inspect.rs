@@ -7,8 +7,9 @@ use std::fmt::Write as _;
 use cofferdam_firmware::manifest::{self, KernelFormat, Manifest};
 use cofferdam_firmware::sha256::Method;
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
-use super::importer::{ImagePlatform, Importer, Item, PageKind, PlatformInfo, VcpuContext};
+use super::importer::{ImagePlatform, Importer, Item, PAGE, PageKind, PageRun, PlatformInfo, VcpuContext};
 use super::manifest::ManifestFinder;
 use super::walk::{Selection, walk};
 use crate::igvm::reader::{Architecture, Igvm};
@@ -58,7 +59,7 @@ pub struct PlatformReport {
 }
 
 /// A step of a launch.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ItemReport {
     /// Names of the platforms that it is for.
     pub platforms: Vec<&'static str>,
@@ -70,11 +71,11 @@ pub struct ItemReport {
     pub gpa: Option<u64>,
     /// Size in memory, bytes; 0 for what takes none.
     pub size: u64,
-    /// Where its content begins in the file; null for zeroes.
+    /// Where its content begins in the file; null for zeroes, and where it does not lie in one piece.
     pub file_offset: Option<u64>,
     /// Bytes of content in the file.
     pub file_size: u64,
-    /// SHA-256 of the bytes of its content, for pages that have some.
+    /// SHA-256 of all of its memory, hexadecimal; null for zeroes.
     pub sha256: Option<String>,
     /// What more there is to say.
     pub note: Option<String>,
@@ -133,6 +134,7 @@ pub fn inspect(file: &[u8], image: &Igvm<'_>) -> Result<Report, HeaderError> {
     }
     let mut collector = Collector::default();
     let problem = walk(image, Selection::All, &mut collector).err().map(|error| error.to_string());
+    collector.flush();
     let mut measured_pages = BTreeMap::new();
     for info in image.platforms() {
         measured_pages.insert(info.platform.name(), collector.measured_pages(info));
@@ -196,11 +198,80 @@ impl Given {
     }
 }
 
+/// Pages of one kind that follow each other in memory, wherever their content lies.
+struct OpenRun {
+    mask: u32,
+    kind: PageKind,
+    given: Given,
+    hasher: Sha256,
+    report: ItemReport,
+    /// Whether any page has content.
+    content: bool,
+}
+
+impl OpenRun {
+    fn new(mask: u32, platforms: Vec<&'static str>, run: &PageRun<'_>) -> Self {
+        let mut open = Self {
+            mask,
+            kind: run.kind,
+            given: Given::default(),
+            hasher: Sha256::new(),
+            report: ItemReport {
+                platforms,
+                kind: page_kind(run.kind),
+                gpa: Some(run.gpa),
+                file_offset: run.content.file_offset,
+                ..ItemReport::default()
+            },
+            content: false,
+        };
+        open.add(run);
+        open
+    }
+
+    /// Adds `run`, if it goes on where this one ends.
+    fn extend(&mut self, mask: u32, run: &PageRun<'_>) -> bool {
+        let end = self.report.gpa.and_then(|gpa| gpa.checked_add(self.report.size));
+        let follows = (self.mask, self.kind, end) == (mask, run.kind, Some(run.gpa));
+        if follows {
+            if !run.content.bytes.is_empty() {
+                // Were it the next piece of the file, the walk had not parted it.
+                self.report.file_offset = None;
+                self.report.note = Some("not in one piece in the file".to_owned());
+            }
+            self.add(run);
+        }
+        follows
+    }
+
+    fn add(&mut self, run: &PageRun<'_>) {
+        let given = Given::of(&Item::Pages(*run));
+        self.given.pages = self.given.pages.saturating_add(given.pages);
+        self.content |= !run.content.bytes.is_empty();
+        self.report.size = self.report.size.saturating_add(run.length());
+        self.report.file_size = self.report.file_size.saturating_add(run.content.bytes.len() as u64);
+        self.hasher.update(run.content.bytes);
+        let mut zeroes = run.length().saturating_sub(run.content.bytes.len() as u64);
+        while zeroes != 0 {
+            let part = zeroes.min(PAGE as u64);
+            self.hasher.update([0; PAGE].get(..part as usize).unwrap_or_default());
+            zeroes = zeroes.saturating_sub(part);
+        }
+    }
+
+    fn close(self) -> (u32, Given, ItemReport) {
+        let sha256 = self.content.then(|| hex(&self.hasher.finalize()));
+        (self.mask, self.given, ItemReport { sha256, ..self.report })
+    }
+}
+
 /// Collects what a walk gives.
 #[derive(Default)]
 struct Collector<'a> {
     platforms: Vec<PlatformInfo>,
     items: Vec<(u32, Given, ItemReport)>,
+    /// Pages that the next ones may extend.
+    open: Option<OpenRun>,
     /// Shared content, by guest-physical address.
     shared: Vec<(u64, &'a [u8], Option<u64>)>,
     finder: ManifestFinder,
@@ -218,18 +289,30 @@ impl<'a> Importer<'a> for Collector<'a> {
         self.finder.import(mask, item)?;
         let platforms =
             self.platforms.iter().filter(|info| info.mask & mask != 0).map(|info| info.platform.name());
-        let report = ItemReport { platforms: platforms.collect(), ..item_report(item) };
-        if let Item::Pages(run) = item
-            && run.kind == PageKind::Shared
-        {
+        let platforms = platforms.collect();
+        let Item::Pages(run) = item else {
+            self.flush();
+            self.items.push((mask, Given::of(item), ItemReport { platforms, ..item_report(item) }));
+            return Ok(());
+        };
+        if run.kind == PageKind::Shared {
             self.shared.push((run.gpa, run.content.bytes, run.content.file_offset));
         }
-        self.items.push((mask, Given::of(item), report));
+        if !self.open.as_mut().is_some_and(|open| open.extend(mask, run)) {
+            self.flush();
+            self.open = Some(OpenRun::new(mask, platforms, run));
+        }
         Ok(())
     }
 }
 
 impl<'a> Collector<'a> {
+    fn flush(&mut self) {
+        if let Some(open) = self.open.take() {
+            self.items.push(open.close());
+        }
+    }
+
     fn measured_pages(&self, info: &PlatformInfo) -> u64 {
         let mut sum = Given::default();
         for (_, given, _) in self.items.iter().filter(|(mask, ..)| mask & info.mask != 0) {
@@ -269,26 +352,8 @@ fn page_kind(kind: PageKind) -> &'static str {
 
 /// An item, whatever its platforms.
 fn item_report(item: &Item<'_>) -> ItemReport {
-    let nothing = ItemReport {
-        platforms: Vec::new(),
-        kind: "",
-        gpa: None,
-        size: 0,
-        file_offset: None,
-        file_size: 0,
-        sha256: None,
-        note: None,
-    };
     match item {
-        Item::Pages(run) => ItemReport {
-            kind: page_kind(run.kind),
-            gpa: Some(run.gpa),
-            size: run.length(),
-            file_offset: run.content.file_offset,
-            file_size: run.content.bytes.len() as u64,
-            sha256: run.content.file_offset.map(|_| hex(&Method::detect().digest(run.content.bytes))),
-            ..nothing
-        },
+        Item::Pages(run) => OpenRun::new(0, Vec::new(), run).close().2,
         Item::Parameters(area) => {
             let values: Vec<String> =
                 area.values.iter().map(|it| format!("{} at {:#x}", it.kind.name(), it.offset)).collect();
@@ -299,7 +364,7 @@ fn item_report(item: &Item<'_>) -> ItemReport {
                 file_offset: area.initial.file_offset,
                 file_size: area.initial.bytes.len() as u64,
                 note: (!values.is_empty()).then(|| values.join(", ")),
-                ..nothing
+                ..ItemReport::default()
             }
         }
         Item::Vcpu { index, context } => {
@@ -310,14 +375,19 @@ fn item_report(item: &Item<'_>) -> ItemReport {
                 VcpuContext::SnpVmsa { gpa, .. } => (Some(*gpa), "VMSA".to_owned()),
                 VcpuContext::Cca { pc, .. } => (None, format!("begins at {pc:#x}")),
             };
-            ItemReport { kind: "vcpu", gpa, note: Some(format!("vCPU {index}: {what}")), ..nothing }
+            ItemReport {
+                kind: "vcpu",
+                gpa,
+                note: Some(format!("vCPU {index}: {what}")),
+                ..ItemReport::default()
+            }
         }
         Item::RequiredMemory { gpa, length } => {
-            ItemReport { kind: "required_memory", gpa: Some(*gpa), size: *length, ..nothing }
+            ItemReport { kind: "required_memory", gpa: Some(*gpa), size: *length, ..ItemReport::default() }
         }
         Item::SnpIdBlock(block) => {
             let note = format!("for the launch digest {}", hex(&block.launch_digest));
-            ItemReport { kind: "snp_id_block", note: Some(note), ..nothing }
+            ItemReport { kind: "snp_id_block", note: Some(note), ..ItemReport::default() }
         }
     }
 }
@@ -430,6 +500,33 @@ mod tests {
         assert_eq!(report.manifest, None);
         assert_eq!(report.items[1].note.as_deref(), Some("memory_map at 0x100"));
         assert_eq!((report.items[0].size, report.items[0].file_size), (3 * 4096, 4096));
+    }
+
+    #[test]
+    fn pages_that_are_neighbours_in_memory_are_one_run() {
+        let bytes = [[1; PAGE], [2; PAGE], [1; PAGE]].concat();
+        let (first, rest) = bytes.split_at(PAGE);
+        let bytes = file(
+            &[platform(ImagePlatform::Snp, 1)],
+            &[
+                (1, pages(PageKind::Measured, 0x1000, 1, first)),
+                (1, pages(PageKind::Unmeasured, 0x8000, 1, first)),
+                (1, pages(PageKind::Measured, 0x2000, 2, rest)),
+                (1, pages(PageKind::Measured, 0x4000, 1, &[])),
+                (1, pages(PageKind::Measured, 0x5000, 1, first)),
+            ],
+        );
+        let report = report(&bytes);
+        let runs: Vec<_> = report.items.iter().map(|item| (item.gpa, item.size, item.file_size)).collect();
+        assert_eq!(
+            runs,
+            [(Some(0x1000), 0x1000, 0x1000), (Some(0x8000), 0x1000, 0x1000), (Some(0x2000), 0x4000, 0x3000)]
+        );
+        let last = &report.items[2];
+        let memory = [rest, &[0; PAGE], first].concat();
+        assert_eq!(last.sha256, Some(hex(&Method::PORTABLE.digest(&memory))));
+        assert_eq!((last.file_offset, last.note.is_some()), (None, true));
+        assert_eq!(report.measured_pages["snp"], 7);
     }
 
     #[test]
