@@ -44,7 +44,7 @@ pub struct BuildArgs {
     /// Most memory that a domain may have [default: 64G]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_memory: Option<u64>,
-    /// Who can run it
+    /// For which platforms: plain, snp, tdx
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = parse_platform,
           default_value = "plain,snp,tdx")]
     pub platforms: Vec<ImagePlatform>,
