@@ -1,6 +1,6 @@
 //! What is counted of requests, by their routes.
 
-use cofferdam_metrics::{Counter, Field, Group, Latency, group};
+use cofferdam_metrics::{Counter, Field, Group, LastTime, Latency, group};
 
 use crate::router::ROUTES;
 
@@ -8,7 +8,7 @@ group! {
     /// Of the API's server.
     pub struct ServerMetrics {
         /// From the start of the monitor until its API could be reached
-        pub process_startup_time_us: cofferdam_metrics::LastTime,
+        pub process_startup_time_us: LastTime,
         /// Requests that have no route, or were too large or too slow to be read
         pub invalid_requests_count: Counter,
         /// Time from a whole request to its answer; those that wait for the end of the domain are left out
@@ -79,6 +79,8 @@ impl ApiMetrics {
 mod tests {
     use std::collections::HashSet;
 
+    use cofferdam_metrics::Reading;
+
     use super::*;
 
     #[test]
@@ -105,13 +107,9 @@ mod tests {
         assert_eq!(names.len(), fields.len(), "a name is used twice");
         let drive =
             ROUTES.iter().position(|route| (route.method, route.counted) == ("PUT", "drive")).unwrap();
-        let count = cofferdam_metrics::Reading::Counter(drive as u64 + 1);
+        let count = Reading::Counter(drive as u64 + 1);
         assert!(fields.contains(&("put_api_requests", "drive_count".into(), count)));
-        assert!(fields.contains(&(
-            "put_api_requests",
-            "drive_fails".into(),
-            cofferdam_metrics::Reading::Counter(1)
-        )));
+        assert!(fields.contains(&("put_api_requests", "drive_fails".into(), Reading::Counter(1))));
         assert_eq!(metrics.server.invalid_requests_count.total(), 1);
     }
 }

@@ -3,7 +3,7 @@
 //! A line that does not fit is dropped whole. Of one that fits in part the rest is kept, and written before
 //! anything else: so whoever reads finds whole lines.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -75,15 +75,9 @@ impl Lines {
     }
 }
 
-impl From<File> for Lines {
-    /// To `file`, which this process has opened itself, with `O_NONBLOCK` if it is no regular file.
-    fn from(file: File) -> Self {
-        Self { sink: Sink::own(file), rest: Vec::new() }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::io::Read;
 
     use rustix::fs::{Mode, OFlags, fcntl_setfl, mkfifoat, open};

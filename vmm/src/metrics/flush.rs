@@ -14,6 +14,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::Metrics;
 use crate::lines::Lines;
+use crate::logger::LoggerMetrics;
 
 /// Time between two lines.
 pub const PERIOD: Duration = Duration::from_secs(60);
@@ -52,8 +53,6 @@ pub struct Flusher {
     before: Vec<Group>,
     /// The last line could not be written.
     failing: bool,
-    /// The one before it could.
-    failed_first: bool,
 }
 
 impl Flusher {
@@ -64,7 +63,7 @@ impl Flusher {
             .map_err(io::Error::other)
             .and_then(|source| Lines::open(&source))
             .map_err(|error| MetricsError::Open { path: name.into_owned(), error })?;
-        Ok(Self { path: path.to_owned(), lines, before: Vec::new(), failing: false, failed_first: false })
+        Ok(Self { path: path.to_owned(), lines, before: Vec::new(), failing: false })
     }
 
     /// Where lines go.
@@ -72,8 +71,9 @@ impl Flusher {
         &self.path
     }
 
-    /// Writes a line of `groups`. If it cannot be written, the next one has what it was to have.
-    pub fn write(&mut self, groups: Vec<Group>) -> Result<(), MetricsError> {
+    /// Writes a line of `groups`. If it cannot be written, the next one has what it was to have; that is counted in
+    /// `logger`, and the first time of several in a row it is logged.
+    pub fn write(&mut self, groups: Vec<Group>, logger: &LoggerMetrics) -> Result<(), MetricsError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let utc_timestamp_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
         let line = JsonLine { utc_timestamp_ms, groups: &groups, before: &self.before };
@@ -81,16 +81,17 @@ impl Flusher {
             line.push(b'\n');
             self.lines.write(&line)
         });
-        self.failed_first = written.is_err() && !self.failing;
-        self.failing = written.is_err();
-        written.map_err(|error| MetricsError::Write { path: self.path.display().to_string(), error })?;
+        let failed_before = std::mem::replace(&mut self.failing, written.is_err());
+        if let Err(error) = written {
+            let error = MetricsError::Write { path: self.path.display().to_string(), error };
+            logger.missed_metrics_count.count();
+            if !failed_before {
+                warn!("{error}; further failures are only counted");
+            }
+            return Err(error);
+        }
         self.before = groups;
         Ok(())
-    }
-
-    /// Whether the last line could not be written, and the one before it could.
-    pub fn failed_first(&self) -> bool {
-        self.failed_first
     }
 }
 

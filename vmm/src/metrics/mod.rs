@@ -4,7 +4,7 @@ mod devices;
 mod flush;
 
 use std::borrow::Cow;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use cofferdam_api::metrics::ApiMetrics;
@@ -13,7 +13,6 @@ use cofferdam_api::status::Phases;
 use cofferdam_devices::virtio::TransportMetrics;
 use cofferdam_devices::virtio::block::BlockMetrics;
 use cofferdam_metrics::{Counter, Field, Group, LastTime, Metrics as _, Reading, group, prometheus};
-use tracing::warn;
 
 pub use devices::DeviceMetrics;
 pub use flush::{FlushTimer, MetricsError, PERIOD};
@@ -109,17 +108,12 @@ impl Metrics {
         self.flusher().is_some()
     }
 
-    /// Writes a line, if there is a file. The first failure of several in a row is logged, all are counted; what was
-    /// to be written is in the next line.
+    /// Writes a line, if there is a file. Failures are logged and counted; what was to be written is in the next line.
     pub fn flush(&self) -> Result<(), MetricsError> {
-        let mut flusher = self.flusher();
-        let Some(flusher) = flusher.as_mut() else { return Ok(()) };
-        flusher.write(self.groups(true)).inspect_err(|error| {
-            self.logger.missed_metrics_count.count();
-            if flusher.failed_first() {
-                warn!("{error}; further failures are only counted");
-            }
-        })
+        match self.flusher().as_mut() {
+            Some(flusher) => flusher.write(self.groups(true), &self.logger),
+            None => Ok(()),
+        }
     }
 
     /// All as Prometheus text.
@@ -169,7 +163,7 @@ impl Metrics {
         Group { family: "logger", member: None, fields }
     }
 
-    fn flusher(&self) -> std::sync::MutexGuard<'_, Option<Flusher>> {
+    fn flusher(&self) -> MutexGuard<'_, Option<Flusher>> {
         self.flusher.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
