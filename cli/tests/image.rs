@@ -292,6 +292,29 @@ fn what_cannot_be_measured() {
     fs::write(folder.path("text"), "no image").unwrap();
     let text = folder.refused(&["measure", "text", "--platform", "snp"]);
     assert!(text.starts_with("text: "), "{text}");
+    let policy = |platform, policy| {
+        let info = PlatformInfo {
+            platform,
+            mask: 1,
+            highest_vtl: 0,
+            shared_gpa_boundary: 0,
+            policy,
+            cca_policy: None,
+        };
+        let mut writer = Writer::default();
+        writer.platform(&info).unwrap();
+        let content = Content { bytes: b"some code", file_offset: None };
+        let run = PageRun { gpa: 0x1000, pages: 1, kind: PageKind::Measured, content };
+        writer.import(1, &Item::Pages(run)).unwrap();
+        let mut image = Vec::new();
+        writer.write(&mut image).unwrap();
+        Folder::with(&image).refused(&["measure", "domain.igvm", "--platform", platform.name()])
+    };
+    assert_eq!(policy(ImagePlatform::Snp, None), "the image has no guest policy for SNP");
+    assert_eq!(
+        policy(ImagePlatform::Tdx, Some(6)),
+        "the image's policy for TDX has bits 0x4, which KVM cannot keep"
+    );
     // The command line.
     assert_eq!(folder.image(&["measure", "domain.igvm"]).status.code(), Some(125));
     assert_eq!(folder.image(&["measure", "domain.igvm", "--platform", "plain"]).status.code(), Some(125));
@@ -353,6 +376,8 @@ fn an_image_is_signed_for_one_number_of_vcpus() {
     assert!(refused("none.pem", "2").starts_with("cannot read none.pem: "));
     assert_eq!(refused("id.pem", "5"), "--vcpus: 5 is not between 1 and 4");
     assert!(!Path::new(&folder.path("four.id-block")).exists());
+    let folderless = ["sign", "domain.igvm", "--vcpus", "2", "--key", "id.pem", "-o", "no/such"];
+    assert!(folder.refused(&folderless).starts_with("cannot write no/such.id-block: "));
 }
 
 /// An ID block in the image itself decides what is pinned, and for which launch.

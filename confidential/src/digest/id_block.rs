@@ -4,8 +4,8 @@
 //! it, and signs that with the *ID key*; an *author key* may vouch for the ID
 //! key. The secure processor refuses to finish a launch that does not match,
 //! and shows names and key digests in every attestation report (*SEV Secure Nested
-//! Paging Firmware ABI Specification*, 56860 revision 1.58, section 8.18,
-//! SNP_LAUNCH_FINISH, and appendix "Digital Signatures").
+//! Paging Firmware ABI Specification*, 56860 revision 1.55, SNP_LAUNCH_FINISH, and
+//! appendix "Digital Signatures").
 //!
 //! Integers are little-endian; components of keys and signatures are too, with zeroes behind
 //! them.

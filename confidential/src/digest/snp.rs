@@ -3,7 +3,7 @@
 //! The secure processor starts from 48 zero bytes and, for each 4 KiB page that
 //! the launch hands it, replaces the digest by the SHA-384 of a PAGE_INFO
 //! record that holds the digest so far (*SEV Secure Nested Paging Firmware ABI
-//! Specification*, 56860 revision 1.58, section 8.17, SNP_LAUNCH_UPDATE, table "PAGE_INFO").
+//! Specification*, 56860 revision 1.55, SNP_LAUNCH_UPDATE, "PAGE_INFO Structure").
 //! KVM hands over the pages in the order of the monitor's calls and then, while
 //! it finishes the launch, one save area for each virtual CPU in the order of
 //! their indices: so there is one digest for each number of virtual CPUs.
