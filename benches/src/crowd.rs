@@ -20,7 +20,7 @@ use crate::{Result, in_turns, progress};
 /// Domains that are created.
 const DOMAINS: usize = 100;
 const AT_A_TIME: usize = 16;
-/// Domains that live beside the one that is measured, and how many of those there are per round.
+/// Domains that live beside the one that is measured, and how many are measured per round.
 const LIVE: usize = 200;
 const BESIDE: usize = 20;
 /// Memory of a domain, MiB.

@@ -41,7 +41,7 @@ fn jailed_reply(jails: &Path, sockets: &Sockets) -> Result<f64> {
     let mut command = Command::new(place::jailer());
     command.args(["--id", "bench", "--uid", USER, "--gid", USER]);
     command.arg("--chroot-base-dir").arg(jails).arg("--exec-file").arg(place::monitor());
-    command.args(["--", "--api-sock", "/api.sock"]);
+    command.args(["--", "--level", "error", "--api-sock", "/api.sock"]);
     let mut server = Server::start(&mut command, sockets, "api.sock")?;
     server.ask("GET /", "", 200)?;
     let time = server.age();

@@ -10,6 +10,7 @@ use std::{fs, thread};
 use cofferdam_tests::api::Connection;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 
@@ -107,15 +108,11 @@ impl Server {
 
     /// Waits for its end.
     pub fn finish(mut self) -> Result<ExitStatus> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.try_wait()? {
-                return Ok(status);
-            }
-            if Instant::now() > deadline {
-                return Err("the server does not end".into());
-            }
-            thread::sleep(Duration::from_micros(200));
+        let process = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())?;
+        let patience = Timespec::try_from(PATIENCE)?;
+        match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&patience))? {
+            0 => Err("the server does not end".into()),
+            _ => Ok(self.child.wait()?),
         }
     }
 

@@ -75,6 +75,8 @@ struct Monitor {
 impl Monitor {
     fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
+        // That a guest powered off is no news here.
+        command.args(["--level", "error"]);
         command.arg("--config-file").arg(&self.config).arg("--status-file").arg(&self.status);
         command
     }

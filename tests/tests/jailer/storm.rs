@@ -1,6 +1,7 @@
 //! Many jails at a time, a third of which lose a process to `kill -9`.
 
-use std::fs;
+use std::fs::{self, DirEntry};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -60,6 +61,10 @@ fn endure(base: &Base, id: &str, fate: Fate) {
     assert!(!matches!(status.code(), Some(0 | 42)), "{id}: {status}: {text}");
 }
 
+fn is_directory(entry: DirEntry) -> bool {
+    entry.file_type().is_ok_and(|kind| kind.is_dir())
+}
+
 fn storm(jails: usize) {
     let _alone = alone();
     let seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
@@ -80,7 +85,13 @@ fn storm(jails: usize) {
         };
         (0..AT_A_TIME).for_each(|_| drop(scope.spawn(work)));
     });
-    let groups = || (0..jails).flat_map(|number| cgroups(&id(number))).collect::<Vec<_>>();
+    // Their parents go with the last of them, unless somebody else has cgroups there.
+    let is_unused =
+        |parent: &PathBuf| !fs::read_dir(parent).into_iter().flatten().flatten().any(is_directory);
+    let groups = || {
+        let own = (0..jails).flat_map(|number| cgroups(&id(number)));
+        own.chain(cgroups("").into_iter().filter(is_unused)).collect::<Vec<_>>()
+    };
     let clean = wait_until(|| base.is_empty() && groups().is_empty() && jailed(&base).is_empty());
     assert!(clean, "{:?} {:?} {:?}", base.left(), groups(), jailed(&base));
     assert_eq!(names_in(base.directory.path()), files_before);
