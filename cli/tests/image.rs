@@ -154,6 +154,7 @@ fn snp_reference_values() {
     let measure = |vcpus| folder.refused(&["measure", "domain.igvm", "--platform", "snp", "--vcpus", vcpus]);
     assert_eq!(measure("0"), "--vcpus: 0 is not between 1 and 4");
     assert_eq!(measure("1,5"), "--vcpus: 5 is not between 1 and 4");
+    assert_eq!(measure("2,1,2"), "--vcpus: 2 is given twice");
 }
 
 /// The program in the documentation, which knows nothing of ours, agrees.

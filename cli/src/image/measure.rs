@@ -120,6 +120,9 @@ fn snp(igvm: &Igvm<'_>, vcpus: &[u32], host_data: Option<&[u8; 32]>) -> Result<M
     let mut digests = Vec::new();
     let (measurement, policy) = measure_snp(igvm)?;
     for vcpus in vcpus {
+        if digests.iter().any(|digest: &LaunchDigest| digest.vcpus == Some(*vcpus)) {
+            return Err(ImageError::Options(format!("--vcpus: {vcpus} is given twice")));
+        }
         let digest = snp_digest(&measurement, manifest.as_ref(), *vcpus)?;
         digests.push(LaunchDigest { vcpus: Some(*vcpus), digest: Value::Bytes(digest.to_vec()) });
     }
