@@ -23,7 +23,6 @@
 
 mod bzimage;
 mod elf;
-
 use core::fmt;
 use core::ops::Range;
 
@@ -223,3 +222,6 @@ fn placed(segment: Segment) -> Result<Segment, KernelError> {
 fn field<const N: usize>(head: &[u8], offset: usize) -> Option<[u8; N]> {
     head.get(offset..)?.first_chunk().copied()
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -216,3 +216,6 @@ fn write_host_data(platform: &mut impl Platform, host_data: &[u8; 32]) -> u64 {
     place.iter_mut().zip(node).for_each(|(to, from)| *to = from);
     HOST_DATA_NODE
 }
+
+#[cfg(test)]
+mod tests;

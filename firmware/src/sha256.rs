@@ -9,7 +9,7 @@ mod portable;
 /// Bytes of a hash.
 pub const SIZE: usize = 32;
 /// Bytes that are compressed at a time.
-const BLOCK: usize = 64;
+pub const BLOCK: usize = 64;
 /// Bytes of the message's length, at the end of the last block.
 const LENGTH: usize = 8;
 
@@ -147,32 +147,15 @@ impl Method {
 
     /// The hash of `message`.
     pub fn digest(self, message: &[u8]) -> [u8; SIZE] {
-        let mut state = INITIAL;
-        let (blocks, rest) = message.as_chunks::<BLOCK>();
-        self.compress(&mut state, blocks);
+        let (blocks, rest) = message.as_chunks();
+        let mut hash = self.begin();
+        hash.blocks(blocks);
+        hash.finish(rest)
+    }
 
-        // Padding (5.1.1): a one, zeros, and the length in bits, in one block or two.
-        let mut padded = [[0; BLOCK]; 2];
-        for (to, from) in padded.as_flattened_mut().iter_mut().zip(rest.iter().chain(&[0x80])) {
-            *to = *from;
-        }
-        let [first, second] = &mut padded;
-        let one_block = rest.len() < BLOCK - LENGTH;
-        let last = if one_block { &mut *first } else { &mut *second };
-        if let Some(length) = last.last_chunk_mut::<LENGTH>() {
-            *length = (message.len() as u64).wrapping_mul(8).to_be_bytes();
-        }
-        self.compress(&mut state, core::slice::from_ref(first));
-        if !one_block {
-            self.compress(&mut state, core::slice::from_ref(second));
-        }
-
-        let mut hash = [0; SIZE];
-        let (words, _) = hash.as_chunks_mut();
-        for (to, word) in words.iter_mut().zip(state) {
-            *to = word.to_be_bytes();
-        }
-        hash
+    /// The hash of a message that comes piece by piece.
+    pub const fn begin(self) -> Hash {
+        Hash { method: self, state: INITIAL, blocks: 0 }
     }
 
     fn compress(self, state: &mut [u32; 8], blocks: &[[u8; BLOCK]]) {
@@ -183,6 +166,50 @@ impl Method {
             #[allow(unsafe_code)]
             Kind::Ni => unsafe { ni::compress(state, blocks) },
         }
+    }
+}
+
+/// The hash of a message of which the beginning has been seen.
+#[derive(Clone, Debug)]
+pub struct Hash {
+    method: Method,
+    state: [u32; 8],
+    /// How many blocks that was.
+    blocks: u64,
+}
+
+impl Hash {
+    /// The message goes on with these blocks.
+    pub fn blocks(&mut self, blocks: &[[u8; BLOCK]]) {
+        self.method.compress(&mut self.state, blocks);
+        self.blocks = self.blocks.wrapping_add(blocks.len() as u64);
+    }
+
+    /// The message ends with these bytes, which are less than a block. (Of more, the rest would not count.)
+    pub fn finish(mut self, rest: &[u8]) -> [u8; SIZE] {
+        // Padding (5.1.1): a one, zeros, and the length in bits, in one block or two.
+        let mut padded = [[0; BLOCK]; 2];
+        for (to, from) in padded.as_flattened_mut().iter_mut().zip(rest.iter().chain(&[0x80])) {
+            *to = *from;
+        }
+        let [first, second] = &mut padded;
+        let one_block = rest.len() < BLOCK - LENGTH;
+        let last = if one_block { &mut *first } else { &mut *second };
+        if let Some(length) = last.last_chunk_mut::<LENGTH>() {
+            let bytes = self.blocks.wrapping_mul(BLOCK as u64).wrapping_add(rest.len() as u64);
+            *length = bytes.wrapping_mul(8).to_be_bytes();
+        }
+        self.method.compress(&mut self.state, core::slice::from_ref(first));
+        if !one_block {
+            self.method.compress(&mut self.state, core::slice::from_ref(second));
+        }
+
+        let mut hash = [0; SIZE];
+        let (words, _) = hash.as_chunks_mut();
+        for (to, word) in words.iter_mut().zip(self.state) {
+            *to = word.to_be_bytes();
+        }
+        hash
     }
 }
 
@@ -260,6 +287,10 @@ mod tests {
             let expected: [u8; SIZE] = Sha256::digest(&message).into();
             for method in methods() {
                 prop_assert_eq!(method.digest(&message), expected);
+                let mut pieces = method.begin();
+                let (blocks, rest) = message.as_chunks();
+                blocks.iter().for_each(|block| pieces.blocks(&[*block]));
+                prop_assert_eq!(pieces.finish(rest), expected);
             }
         }
     }
