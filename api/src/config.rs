@@ -119,22 +119,48 @@ impl Default for MachineConfig {
     }
 }
 
-/// What is started.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What is started: a kernel, or an image with everything in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct BootSource {
     /// An ELF kernel (`vmlinux`) or a bzImage.
-    pub kernel_image_path: PathBuf,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel_image_path: Option<PathBuf>,
     /// An initial RAM disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd_path: Option<PathBuf>,
     /// The kernel command line, at most 2,048 bytes; [`DEFAULT_COMMAND_LINE`] if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot_args: Option<String>,
-    /// How an ELF kernel is entered; a bzImage always takes the 64-bit protocol.
+    /// How an ELF kernel is entered; a bzImage always takes the 64-bit protocol, and so does an image.
     #[serde(default)]
     pub boot_protocol: BootProtocol,
+    /// Who loads the kernel: see [`BootSource::mode`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_mode: Option<BootMode>,
+    /// An image (IGVM) with kernel, initrd and command line, in place of these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_path: Option<PathBuf>,
+}
+
+impl BootSource {
+    /// Who loads the kernel: what was asked for, else the first stage of an image file, else the monitor.
+    pub fn mode(&self) -> BootMode {
+        self.boot_mode.unwrap_or(if self.image_path.is_some() { BootMode::Image } else { BootMode::Direct })
+    }
+}
+
+/// Who loads the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub enum BootMode {
+    /// The monitor, into the guest's memory.
+    Direct,
+    /// The first stage inside the guest, once it has verified it. Without an image file, one is composed in memory of
+    /// kernel, initrd and command line.
+    Image,
 }
 
 /// How an ELF kernel is entered.

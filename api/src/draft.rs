@@ -140,10 +140,8 @@ impl Draft {
     /// Checks everything, with a kernel that is beyond reproach if there is none yet.
     fn validate(&self) -> Result<(), ConfigError> {
         let boot = self.boot.clone().unwrap_or_else(|| BootSource {
-            kernel_image_path: "kernel".into(),
-            initrd_path: None,
-            boot_args: None,
-            boot_protocol: Default::default(),
+            kernel_image_path: Some("kernel".into()),
+            ..BootSource::default()
         });
         self.with(boot).validate()
     }
@@ -260,7 +258,7 @@ mod tests {
             "machine-config.vcpu_count: 256 is not between 1 and 32"
         );
         assert!(draft.put_vsock(Vsock { guest_cid: 2, uds_path: "v".into() }).is_err());
-        assert!(draft.put_boot(BootSource { kernel_image_path: "".into(), ..boot() }).is_err());
+        assert!(draft.put_boot(BootSource { kernel_image_path: Some("".into()), ..boot() }).is_err());
         let mut config = DomainConfig::from_json(br#"{"boot-source": {"kernel_image_path": "k"}}"#).unwrap();
         config.stop_timeout_ms = u64::MAX;
         assert!(draft.put_config(config).is_err());

@@ -62,6 +62,21 @@ impl ExitReason {
 /// Phases of a launch: name to microseconds since exec.
 pub type Phases = BTreeMap<String, u64>;
 
+/// What a domain is, in terms that can be compared with what its owner expects.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Identity {
+    /// SHA-256 of the launch manifest of its image, in hexadecimal; null without an image of ours. The manifest names
+    /// kernel, initrd and command line by their own hashes.
+    pub image_hash: Option<String>,
+    /// What the launch digest of this image is on other platforms with as many vCPUs: name of the platform to
+    /// hexadecimal digits.
+    #[serde(default)]
+    pub predicted_digests: BTreeMap<String, String>,
+    /// The launch digest of this domain, in hexadecimal; null where nothing was measured.
+    pub digest: Option<String>,
+}
+
 /// How a domain ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
@@ -69,6 +84,9 @@ pub struct Outcome {
     pub platform: Option<Platform>,
     /// Whether the platform protected it.
     pub protected: bool,
+    /// What it is.
+    #[serde(flatten)]
+    pub identity: Identity,
     /// Why it stopped.
     pub exit_reason: ExitReason,
     /// The guest's exit code, if it gave one.
@@ -127,6 +145,9 @@ pub struct VmStatus {
     pub platform: Option<Platform>,
     /// Whether the platform protects it.
     pub protected: bool,
+    /// What it is.
+    #[serde(flatten)]
+    pub identity: Identity,
     /// Why it stopped; null before that.
     pub exit_reason: Option<ExitReason>,
     /// The guest's exit code, if it gave one.
@@ -145,6 +166,7 @@ impl VmStatus {
             state: VmState::Stopped,
             platform: outcome.platform,
             protected: outcome.protected,
+            identity: outcome.identity,
             exit_reason: Some(outcome.exit_reason),
             exit_code: outcome.exit_code,
             message: Some(outcome.message),
@@ -176,6 +198,7 @@ mod tests {
         Outcome {
             platform: Some(Platform::Plain),
             protected: false,
+            identity: Identity::default(),
             exit_reason,
             exit_code,
             message: "m".into(),
@@ -210,7 +233,7 @@ mod tests {
         let text = serde_json::to_string(&outcome(ExitReason::PowerOff, None)).unwrap();
         assert_eq!(
             text,
-            r#"{"platform":"plain","protected":false,"exit_reason":"power_off","exit_code":null,"message":"m","phases":{"user_space":7}}"#
+            r#"{"platform":"plain","protected":false,"image_hash":null,"predicted_digests":{},"digest":null,"exit_reason":"power_off","exit_code":null,"message":"m","phases":{"user_space":7}}"#
         );
     }
 

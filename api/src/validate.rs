@@ -6,7 +6,9 @@ use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::config::{BootSource, DomainConfig, Drive, MachineConfig, Serial, SerialMode, Vsock};
+use crate::config::{
+    BootMode, BootProtocol, BootSource, DomainConfig, Drive, MachineConfig, Serial, SerialMode, Vsock,
+};
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::source::{BadNumber, Source};
 
@@ -146,6 +148,14 @@ pub enum ConfigError {
         /// The first field.
         other: String,
     },
+    /// Two fields that exclude each other, or one that needs another.
+    #[error("{field}: {reason}")]
+    Conflict {
+        /// The field.
+        field: String,
+        /// What is wrong with it beside the other.
+        reason: &'static str,
+    },
     /// Serial mode `File` without a file.
     #[error("serial.serial_out_path: is missing, and serial.mode is \"File\"")]
     SerialPathMissing,
@@ -168,6 +178,7 @@ impl ConfigError {
             | Self::BadId { field, .. }
             | Self::Duplicate { field, .. }
             | Self::BlockSize { field, .. }
+            | Self::Conflict { field, .. }
             | Self::Descriptor { field, .. }
             | Self::DescriptorTwice { field, .. } => Some(field),
             Self::TooLongWithRoot { .. } => Some("boot-source.boot_args"),
@@ -212,8 +223,9 @@ impl DomainConfig {
     /// Everything that is a path or `fd:N`, by its field.
     fn paths(&self) -> Vec<(String, &Path)> {
         let named = [
-            ("boot-source.kernel_image_path", Some(&self.boot.kernel_image_path)),
+            ("boot-source.kernel_image_path", self.boot.kernel_image_path.as_ref()),
             ("boot-source.initrd_path", self.boot.initrd_path.as_ref()),
+            ("boot-source.image_path", self.boot.image_path.as_ref()),
             ("vsock.uds_path", self.vsock.as_ref().map(|vsock| &vsock.uds_path)),
             ("serial.serial_out_path", self.serial.serial_out_path.as_ref()),
             ("logger.log_path", self.logger.as_ref().and_then(|logger| logger.log_path.as_ref())),
@@ -245,6 +257,12 @@ impl DomainConfig {
         let mut root = None;
         for (index, drive) in self.drives.iter().enumerate() {
             drive.validate(index)?;
+            if drive.is_root_device && self.boot.image_path.is_some() {
+                return Err(ConfigError::Conflict {
+                    field: format!("drives[{index}].is_root_device"),
+                    reason: "would add to the command line, but that of an image is fixed",
+                });
+            }
             if !ids.insert(drive.drive_id.as_str()) {
                 let field = format!("drives[{index}].drive_id");
                 return Err(ConfigError::Duplicate { field, id: drive.drive_id.clone() });
@@ -268,8 +286,39 @@ impl MachineConfig {
 
 impl BootSource {
     fn validate(&self) -> Result<(), ConfigError> {
-        check_path("boot-source.kernel_image_path", &self.kernel_image_path)?;
-        self.initrd_path.as_deref().map_or(Ok(()), |path| check_path("boot-source.initrd_path", path))
+        let paths = [
+            ("boot-source.kernel_image_path", &self.kernel_image_path),
+            ("boot-source.initrd_path", &self.initrd_path),
+            ("boot-source.image_path", &self.image_path),
+        ];
+        for (field, path) in paths {
+            path.as_deref().map_or(Ok(()), |path| check_path(field, path))?;
+        }
+        let conflict = |field: &str, reason| Err(ConfigError::Conflict { field: field.to_owned(), reason });
+        if self.image_path.is_some() {
+            let in_image = "an image has its own; leave it out beside boot-source.image_path";
+            if self.kernel_image_path.is_some() {
+                return conflict("boot-source.kernel_image_path", in_image);
+            }
+            if self.initrd_path.is_some() {
+                return conflict("boot-source.initrd_path", in_image);
+            }
+            if self.boot_args.is_some() {
+                return conflict("boot-source.boot_args", in_image);
+            }
+            if self.mode() == BootMode::Direct {
+                return conflict(
+                    "boot-source.boot_mode",
+                    "the kernel of an image is loaded by its first stage",
+                );
+            }
+        } else if self.kernel_image_path.is_none() {
+            return conflict("boot-source.kernel_image_path", "is missing, and so is boot-source.image_path");
+        }
+        if self.mode() == BootMode::Image && self.boot_protocol == BootProtocol::Pvh {
+            return conflict("boot-source.boot_protocol", "the first stage enters a kernel by linux64 only");
+        }
+        Ok(())
     }
 }
 
@@ -420,9 +469,56 @@ mod tests {
     }
 
     #[test]
+    fn an_image_comes_alone() {
+        let image = |c: &mut DomainConfig| {
+            c.boot = BootSource { image_path: Some("i.igvm".into()), ..BootSource::default() }
+        };
+        accepted(image);
+        accepted(|c| c.boot.boot_mode = Some(BootMode::Image));
+        accepted(|c| c.boot.boot_mode = Some(BootMode::Direct));
+        let own = "an image has its own; leave it out beside boot-source.image_path";
+        let cases: [(fn(&mut DomainConfig), &str, &str); 7] = [
+            (|c| c.boot.kernel_image_path = Some("k".into()), "boot-source.kernel_image_path", own),
+            (|c| c.boot.initrd_path = Some("i".into()), "boot-source.initrd_path", own),
+            (|c| c.boot.boot_args = Some(String::new()), "boot-source.boot_args", own),
+            (
+                |c| c.boot.boot_mode = Some(BootMode::Direct),
+                "boot-source.boot_mode",
+                "the kernel of an image is loaded by its first stage",
+            ),
+            (
+                |c| c.boot.image_path = None,
+                "boot-source.kernel_image_path",
+                "is missing, and so is boot-source.image_path",
+            ),
+            (
+                |c| c.boot.boot_protocol = BootProtocol::Pvh,
+                "boot-source.boot_protocol",
+                "the first stage enters a kernel by linux64 only",
+            ),
+            (|c| c.boot.image_path = Some("".into()), "boot-source.image_path", "is empty"),
+        ];
+        for (change, field, reason) in cases {
+            let message = refusal(|c| {
+                image(c);
+                change(c);
+            });
+            assert_eq!(message, format!("{field}: {reason}"));
+        }
+        let message = refusal(|c| {
+            image(c);
+            c.drives[0].is_root_device = true;
+        });
+        assert_eq!(
+            message,
+            "drives[0].is_root_device: would add to the command line, but that of an image is fixed"
+        );
+    }
+
+    #[test]
     fn boot_files() {
         assert_eq!(
-            refusal(|c| c.boot.kernel_image_path = "".into()),
+            refusal(|c| c.boot.kernel_image_path = Some("".into())),
             "boot-source.kernel_image_path: is empty"
         );
         assert_eq!(
@@ -481,7 +577,7 @@ mod tests {
     #[test]
     fn descriptors_have_numbers_and_one_use() {
         accepted(|c| {
-            c.boot.kernel_image_path = "fd:3".into();
+            c.boot.kernel_image_path = Some("fd:3".into());
             c.boot.initrd_path = Some("fd:4".into());
             c.drives[0].path_on_host = "fd:5".into();
             c.drives[1].path_on_host = "./fd:5".into();
@@ -492,7 +588,10 @@ mod tests {
             let refused = |field: &str, message: String| {
                 assert_eq!(message, format!("{field}: {:?} is not a descriptor from 3 on", &bad[3..]));
             };
-            refused("boot-source.kernel_image_path", refusal(|c| c.boot.kernel_image_path = bad.into()));
+            refused(
+                "boot-source.kernel_image_path",
+                refusal(|c| c.boot.kernel_image_path = Some(bad.into())),
+            );
             refused("boot-source.initrd_path", refusal(|c| c.boot.initrd_path = Some(bad.into())));
             refused("drives[1].path_on_host", refusal(|c| c.drives[1].path_on_host = bad.into()));
             refused("vsock.uds_path", refusal(|c| c.vsock.as_mut().unwrap().uds_path = bad.into()));

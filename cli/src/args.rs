@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cofferdam_api::config::{
-    BootProtocol, BootSource, Confidential, DEFAULT_COMMAND_LINE, DomainConfig, MachineConfig,
-    PlatformChoice, Serial, SerialMode, Vsock,
+    BootMode, BootProtocol, BootSource, Confidential, DomainConfig, MachineConfig, PlatformChoice, Serial,
+    SerialMode, Vsock,
 };
 use cofferdam_api::validate::{ConfigError, VCPU_COUNT, check_id};
 
@@ -211,17 +211,23 @@ Exit codes (exit_reason in the JSON):
 #[command(after_help = RUN_EXAMPLES)]
 pub struct RunArgs {
     /// The kernel: an ELF vmlinux or a bzImage
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "image")]
+    pub kernel: Option<PathBuf>,
     /// The initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line, at most 2048 bytes
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, default_value = DEFAULT_COMMAND_LINE)]
-    pub cmdline: String,
-    /// How an ELF kernel is entered; a bzImage always takes the 64-bit protocol
-    #[arg(long, value_enum, value_name = "PROTOCOL", default_value_t = BootProtocolArg::Auto)]
-    pub boot_protocol: BootProtocolArg,
+    /// The kernel's command line, at most 2048 bytes [default: "console=ttyS0 reboot=a panic=-1 pci=off"]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// An image (IGVM) with kernel, initrd and command line, in place of these
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "boot", "boot_protocol"])]
+    pub image: Option<PathBuf>,
+    /// Who loads the kernel [default: image, or direct with --boot-protocol]
+    #[arg(long, value_enum, value_name = "MODE")]
+    pub boot: Option<BootModeArg>,
+    /// How an ELF kernel is entered when the monitor loads it; a bzImage always takes the 64-bit protocol
+    #[arg(long, value_enum, value_name = "PROTOCOL")]
+    pub boot_protocol: Option<BootProtocolArg>,
     /// Number of CPUs, 1 to 32
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     pub cpus: u64,
@@ -307,6 +313,15 @@ pub enum PlatformArg {
     Plain,
 }
 
+/// The value of `--boot`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BootModeArg {
+    /// The first stage in the guest, once it has verified the kernel, from an image that is composed in memory
+    Image,
+    /// The monitor, straight into the guest's memory
+    Direct,
+}
+
 /// The value of `--boot-protocol`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BootProtocolArg {
@@ -342,12 +357,17 @@ impl RunArgs {
             boot: BootSource {
                 kernel_image_path: self.kernel.clone(),
                 initrd_path: self.initrd.clone(),
-                boot_args: Some(self.cmdline.clone()),
+                boot_args: self.cmdline.clone(),
                 boot_protocol: match self.boot_protocol {
-                    BootProtocolArg::Auto => BootProtocol::Auto,
-                    BootProtocolArg::Pvh => BootProtocol::Pvh,
-                    BootProtocolArg::Linux64 => BootProtocol::Linux64,
+                    None | Some(BootProtocolArg::Auto) => BootProtocol::Auto,
+                    Some(BootProtocolArg::Pvh) => BootProtocol::Pvh,
+                    Some(BootProtocolArg::Linux64) => BootProtocol::Linux64,
                 },
+                boot_mode: Some(match (self.boot, self.boot_protocol) {
+                    (Some(BootModeArg::Direct), _) | (None, Some(_)) => BootMode::Direct,
+                    (Some(BootModeArg::Image), _) | (None, None) => BootMode::Image,
+                }),
+                image_path: self.image.clone(),
             },
             drives: self
                 .drives
@@ -377,7 +397,8 @@ impl RunArgs {
             Console::Stdio | Console::None => None,
         };
         let paths = [
-            ("--kernel", Some(&self.kernel)),
+            ("--kernel", self.kernel.as_ref()),
+            ("--image", self.image.as_ref()),
             ("--initrd", self.initrd.as_ref()),
             ("--vsock", self.vsock.as_ref()),
             ("--console", console),
@@ -400,10 +421,12 @@ impl RunArgs {
 
 /// The message of `error`, with the option in place of the field that it gave its value.
 fn with_option(error: &ConfigError) -> String {
-    const OPTIONS: [(&str, &str); 8] = [
+    const OPTIONS: [(&str, &str); 10] = [
         ("machine-config.vcpu_count", "--cpus"),
         ("machine-config.mem_size_mib", "--memory"),
         ("boot-source.kernel_image_path", "--kernel"),
+        ("boot-source.image_path", "--image"),
+        ("boot-source.boot_protocol", "--boot-protocol"),
         ("boot-source.initrd_path", "--initrd"),
         ("boot-source.boot_args", "--cmdline"),
         ("vsock.guest_cid", "--guest-cid"),

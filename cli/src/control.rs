@@ -216,6 +216,7 @@ fn outcome(status: VmStatus) -> Outcome {
     Outcome {
         platform: status.platform,
         protected: status.protected,
+        identity: status.identity,
         // One that has stopped has a reason.
         exit_reason: status.exit_reason.unwrap_or(ExitReason::MonitorError),
         exit_code: status.exit_code,
@@ -229,6 +230,7 @@ fn without_a_word() -> Outcome {
     Outcome {
         platform: None,
         protected: false,
+        identity: Default::default(),
         exit_reason: ExitReason::MonitorError,
         exit_code: None,
         message: "the monitor ended without saying how".to_owned(),

@@ -157,6 +157,7 @@ mod tests {
             state,
             platform: Some(Platform::Plain),
             protected: false,
+            identity: Default::default(),
             exit_reason: None,
             exit_code: None,
             message: None,

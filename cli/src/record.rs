@@ -87,6 +87,7 @@ mod tests {
         let outcome = |code| Outcome {
             platform: None,
             protected: false,
+            identity: Default::default(),
             exit_reason: ExitReason::PowerOff,
             exit_code: Some(code),
             message: "m".to_owned(),

@@ -55,6 +55,7 @@ pub fn refused(message: String) -> Outcome {
     Outcome {
         platform: None,
         protected: false,
+        identity: Default::default(),
         exit_reason: ExitReason::Config,
         exit_code: None,
         message,

@@ -349,6 +349,7 @@ impl Progress {
         Outcome {
             platform: self.platform.map(|(platform, _)| platform),
             protected: self.platform.is_some_and(|(_, protected)| protected),
+            identity: Default::default(),
             exit_reason,
             exit_code: None,
             message,

@@ -65,6 +65,7 @@ impl Launch<Created> {
                     guest_address: region.start_addr().raw_value(),
                     length: region.len(),
                     host_address: region.as_ptr() as u64,
+                    read_only: false,
                 },
             )?;
         }
@@ -73,6 +74,12 @@ impl Launch<Created> {
 }
 
 impl Launch<Populated> {
+    /// Gives the VM a range of memory beside its RAM, for the same reason at this time. The mapping behind it must stay
+    /// until [`Launched::remove_window`], or as long as the VM.
+    pub fn add_window(&self, slot: &MemorySlot) -> Result<(), LaunchError> {
+        self.platform.add_memory(&self.vm, slot)
+    }
+
     /// Creates `count` vCPUs, with their local APICs in the kernel and the I/O APIC outside it.
     /// `reserved_pins` is what KVM calls the I/O APIC's pins in a split irqchip (24 is what TDX wants).
     pub fn create_vcpus(self, count: u8, reserved_pins: u8) -> Result<Launch<WithVcpus>, LaunchError> {
@@ -122,6 +129,11 @@ impl<S> Launch<S> {
 }
 
 impl Launched {
+    /// Takes away what [`Launch::add_window`] gave.
+    pub fn remove_window(&self, slot: &MemorySlot) -> Result<(), LaunchError> {
+        self.platform.remove_memory(&self.vm, slot)
+    }
+
     /// The platform that the domain was launched on.
     pub fn platform(&self) -> status::Platform {
         self.platform.kind()

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION takes an address
 
 use cofferdam_api::status;
-use kvm_bindings::{KVM_X86_DEFAULT_VM, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MEM_READONLY, KVM_X86_DEFAULT_VM, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::platform::{LaunchError, MemorySlot, Platform};
@@ -32,19 +32,27 @@ impl Platform for Plain {
     fn add_memory(&self, vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError> {
         let region = kvm_userspace_memory_region {
             slot: slot.slot,
-            flags: 0,
+            flags: if slot.read_only { KVM_MEM_READONLY } else { 0 },
             guest_phys_addr: slot.guest_address,
             memory_size: slot.length,
             userspace_addr: slot.host_address,
         };
-        // SAFETY: the slot describes a whole region of the guest memory that `Launch` and `Launched` keep
-        // mapped beside the VM.
+        // SAFETY: the slot describes a mapping that stays as long as the VM may reach it, as its field says.
         unsafe { vm.set_user_memory_region(region) }.map_err(|error| {
             LaunchError::new(
                 "KVM_SET_USER_MEMORY_REGION",
                 format!(" of slot {} at {:#x}, {} bytes", slot.slot, slot.guest_address, slot.length),
                 error,
             )
+        })
+    }
+
+    fn remove_memory(&self, vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError> {
+        let region = kvm_userspace_memory_region { slot: slot.slot, ..Default::default() };
+        // SAFETY: a slot of no bytes describes no mapping.
+        unsafe { vm.set_user_memory_region(region) }.map_err(|error| {
+            let at = format!(" that removes slot {} at {:#x}", slot.slot, slot.guest_address);
+            LaunchError::new("KVM_SET_USER_MEMORY_REGION", at, error)
         })
     }
 

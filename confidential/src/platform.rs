@@ -29,7 +29,7 @@ impl LaunchError {
     }
 }
 
-/// A range of RAM and the host memory behind it.
+/// A range of guest memory and the host memory behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemorySlot {
     /// KVM's number of the slot.
@@ -38,8 +38,10 @@ pub struct MemorySlot {
     pub guest_address: u64,
     /// Length, bytes.
     pub length: u64,
-    /// Address of the mapping in the monitor; [`crate::Launch`] keeps it mapped.
+    /// Address of the mapping in the monitor, which stays mapped as long as the VM may reach it.
     pub host_address: u64,
+    /// Whether the guest can only read it.
+    pub read_only: bool,
 }
 
 /// The best platform that is allowed and that this monitor drives. Today there is one.
@@ -63,8 +65,11 @@ pub trait Platform: Send + Sync {
     /// Enables what the platform needs on a new VM, before it has memory or vCPUs.
     fn prepare_vm(&self, vm: &VmFd) -> Result<(), LaunchError>;
 
-    /// Gives the VM a range of RAM.
+    /// Gives the VM a range of RAM, or of memory that it shares with the host from the start.
     fn add_memory(&self, vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError>;
+
+    /// Takes a range of memory from the VM, which may be running.
+    fn remove_memory(&self, vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError>;
 
     /// Seals the launch, after the last page and the last register are set.
     fn finish(&self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<(), LaunchError>;

@@ -2,7 +2,7 @@
 //!
 //! 1. Read the launch manifest, which is measured, and a copy of the parameter page,
 //!    which is not; refuse parameters that the manifest does not allow.
-//! 2. Make the domain's RAM its private memory, and page tables for all of it.
+//! 2. Make the domain's RAM its private memory.
 //! 3. Copy the command line, the kernel and the initrd from the load window into private
 //!    memory, each to its final place, and compare the hash of *the copy* with the
 //!    manifest's. The window is shared with the host and may change at any time, so each
@@ -18,23 +18,20 @@ use core::ops::Range;
 
 use crate::boot::Kernel;
 use crate::layout::{
-    ACPI_TABLES, ACPI_TABLES_SIZE, BOOT_PAGE_TABLES, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, GAP_END,
-    GIB, HIGH_MEMORY, HOST_DATA_NODE, LAUNCH_MANIFEST, PAGE_SIZE, PARAMETER_PAGE, RESET_STUB,
+    ACPI_TABLES, ACPI_TABLES_SIZE, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, HIGH_MEMORY, HOST_DATA_NODE,
+    LAUNCH_MANIFEST, PAGE_SIZE, PARAMETER_PAGE, RESET_STUB,
 };
 use crate::manifest::{Item, KernelFormat, Manifest};
 use crate::parameters::{Parameters, ParametersError};
 use crate::reason::Reason;
 use crate::sha256::Method;
-use crate::{acpi, boot_params, layout, page_tables, parameters, reset_stub};
+use crate::{acpi, boot_params, layout, parameters, reset_stub};
 
 /// `setup_data.type` of the node with the host data; Linux shows it below /sys/kernel/boot_params/setup_data.
 pub const HOST_DATA_TYPE: u32 = u32::from_le_bytes(*b"CFHD");
 
 /// What differs from one platform to another, and the memory of the domain.
 pub trait Platform {
-    /// The bit of an address that makes a page private, or 0.
-    fn private_bit(&self) -> u64;
-
     /// Makes the RAM of a domain with `memory` bytes private, but for the pages of the image, which are.
     fn accept_memory(&mut self, memory: u64);
 
@@ -68,8 +65,8 @@ pub fn refuse(platform: &mut impl Platform, reason: Reason) -> ! {
     platform.terminate(reason)
 }
 
-/// Prepares the domain's memory for its kernel, whose `boot_params` are then at [`BOOT_PARAMS`] and whose page tables are
-/// at [`BOOT_PAGE_TABLES`]. Returns the guest-physical address of the kernel's first instruction. SSE must be enabled.
+/// Prepares the domain's memory for its kernel, whose `boot_params` are then at [`BOOT_PARAMS`]. Returns the
+/// guest-physical address of the kernel's first instruction. SSE must be enabled.
 ///
 /// # Errors
 /// Why the kernel must not run.
@@ -78,13 +75,11 @@ pub fn prepare(platform: &mut impl Platform) -> Result<u64, Reason> {
     let parameters = read_parameters(platform, &manifest)?;
     let memory = parameters.memory;
     platform.accept_memory(memory);
-    let private_bit = platform.private_bit();
-    let gib = GAP_END / GIB + memory.div_ceil(GIB);
-    page_tables::fill(platform.memory(BOOT_PAGE_TABLES, 2 * PAGE_SIZE), BOOT_PAGE_TABLES, gib, private_bit);
 
-    let kernel = load_kernel(platform, &manifest, memory)?;
-    load_command_line(platform, &manifest.command_line, &kernel)?;
-    let initrd = load_initrd(platform, &manifest, &kernel, memory)?;
+    let method = if parameters.sha_instructions { hash_method(platform) } else { Method::PORTABLE };
+    let kernel = load_kernel(platform, method, &manifest, memory)?;
+    load_command_line(platform, method, &manifest.command_line, &kernel)?;
+    let initrd = load_initrd(platform, method, &manifest, &kernel, memory)?;
     let setup_data = if manifest.host_data { write_host_data(platform, &parameters.host_data) } else { 0 };
     boot_params::complete(platform.memory(BOOT_PARAMS, boot_params::SIZE as u64), memory, initrd, setup_data);
     let tables = acpi::Config {
@@ -115,9 +110,14 @@ fn read_parameters(platform: &mut impl Platform, manifest: &Manifest) -> Result<
 }
 
 /// Copies an item to private memory, and checks the copy.
-fn fetch(platform: &mut impl Platform, item: &Item, to: u64, mismatch: Reason) -> Result<(), Reason> {
+fn fetch(
+    platform: &mut impl Platform,
+    method: Method,
+    item: &Item,
+    to: u64,
+    mismatch: Reason,
+) -> Result<(), Reason> {
     platform.copy(item.address, to, item.size);
-    let method = hash_method(platform);
     let copy = platform.memory(to, item.size);
     if copy.len() as u64 != item.size || method.digest(copy) != item.sha256 {
         return Err(mismatch);
@@ -125,7 +125,7 @@ fn fetch(platform: &mut impl Platform, item: &Item, to: u64, mismatch: Reason) -
     Ok(())
 }
 
-/// The fastest method of this processor. SSE is enabled by the entry code.
+/// The fastest method of this processor.
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 fn hash_method(platform: &impl Platform) -> Method {
@@ -142,13 +142,18 @@ fn hash_method(_platform: &impl Platform) -> Method {
 }
 
 /// Loads the kernel, and begins `boot_params` with what it brings for them.
-fn load_kernel(platform: &mut impl Platform, manifest: &Manifest, memory: u64) -> Result<Kernel, Reason> {
+fn load_kernel(
+    platform: &mut impl Platform,
+    method: Method,
+    manifest: &Manifest,
+    memory: u64,
+) -> Result<Kernel, Reason> {
     let [(_, low), _] = layout::ram_ranges(memory);
     let (file, at) = (&manifest.kernel.file, manifest.kernel.address);
     if at < HIGH_MEMORY || at > low || file.size > low - at {
         return Err(Reason::KernelPlace);
     }
-    fetch(platform, file, at, Reason::KernelHash)?;
+    fetch(platform, method, file, at, Reason::KernelHash)?;
     let kernel = Kernel::read(platform.memory(at, file.size), file.size).map_err(|_| Reason::KernelFormat)?;
     if kernel.format() != manifest.kernel.format {
         return Err(Reason::KernelFormat);
@@ -179,7 +184,12 @@ fn load_kernel(platform: &mut impl Platform, manifest: &Manifest, memory: u64) -
     Ok(kernel)
 }
 
-fn load_command_line(platform: &mut impl Platform, line: &Item, kernel: &Kernel) -> Result<(), Reason> {
+fn load_command_line(
+    platform: &mut impl Platform,
+    method: Method,
+    line: &Item,
+    kernel: &Kernel,
+) -> Result<(), Reason> {
     if line.size > kernel.command_line_max {
         return Err(Reason::CommandLine);
     }
@@ -187,11 +197,12 @@ fn load_command_line(platform: &mut impl Platform, line: &Item, kernel: &Kernel)
     if line.is_empty() {
         return Ok(());
     }
-    fetch(platform, line, COMMAND_LINE, Reason::CommandLineHash)
+    fetch(platform, method, line, COMMAND_LINE, Reason::CommandLineHash)
 }
 
 fn load_initrd(
     platform: &mut impl Platform,
+    method: Method,
     manifest: &Manifest,
     kernel: &Kernel,
     memory: u64,
@@ -201,7 +212,7 @@ fn load_initrd(
         return Ok(0..0);
     }
     let place = kernel.place_initrd(manifest.kernel.address, item.size, memory).ok_or(Reason::InitrdPlace)?;
-    fetch(platform, item, place.start, Reason::InitrdHash)?;
+    fetch(platform, method, item, place.start, Reason::InitrdHash)?;
     Ok(place)
 }
 

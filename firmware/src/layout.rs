@@ -9,6 +9,7 @@
 //!   0x0000_7000    boot_params ("zero page")
 //!   0x0000_9000    page tables at entry (PML4, PDPT, PD)
 //!   0x0001_0000    first stage: code, data, stack
+//!   0x0001_7000    plain only: page directories (4)
 //!   0x0001_B000    page tables at its entry (PML4, PDPT)
 //!   0x0001_E000    launch manifest
 //!   0x0001_F000    parameter page
@@ -75,7 +76,9 @@ pub const BOOT_PAGE_TABLES: u64 = 0x9000;
 /// The first stage: its first instruction, then its code, data and stack. Where its bytes go in an image.
 pub const STAGE: u64 = 0x1_0000;
 /// End of what the first stage may occupy.
-pub const STAGE_END: u64 = 0x1_B000;
+pub const STAGE_END: u64 = 0x1_7000;
+/// Page directories at the first stage's entry, four pages, in an ordinary virtual machine.
+pub const STAGE_PAGE_DIRECTORIES: u64 = 0x1_7000;
 /// Page tables at the first stage's entry ([`crate::page_tables`]): PML4 and PDPT, a page each.
 pub const STAGE_PAGE_TABLES: u64 = 0x1_B000;
 /// The launch manifest ([`crate::manifest`]), one page.
@@ -198,7 +201,8 @@ pub const fn ram_ranges(memory: u64) -> [(u64, u64); 2] {
 }
 
 const _: () = {
-    assert!(BOOT_PAGE_TABLES + 3 * PAGE_SIZE <= STAGE && STAGE_END <= STAGE_PAGE_TABLES);
+    assert!(BOOT_PAGE_TABLES + 3 * PAGE_SIZE <= STAGE && STAGE_END <= STAGE_PAGE_DIRECTORIES);
+    assert!(STAGE_PAGE_DIRECTORIES + 4 * PAGE_SIZE == STAGE_PAGE_TABLES);
     assert!(STAGE_PAGE_TABLES + 2 * PAGE_SIZE <= LAUNCH_MANIFEST);
     assert!(PARAMETER_PAGE + PAGE_SIZE <= COMMAND_LINE);
     assert!(COMMAND_LINE + (COMMAND_LINE_MAX as u64) < HOST_DATA_NODE);

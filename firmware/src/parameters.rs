@@ -11,7 +11,7 @@
 //! |---|---|---|
 //! | 0x00 | 8 | magic, "COFFERPP" |
 //! | 0x08 | 4 | version, 1 |
-//! | 0x0C | 4 | flags: bit 0, there is a serial port |
+//! | 0x0C | 4 | flags: bit 0, there is a serial port; bit 1, CPUID may be believed about the SHA instructions |
 //! | 0x10 | 8 | memory, bytes: the RAM is that of [`layout::ram_ranges`] |
 //! | 0x18 | 4 | vCPUs |
 //! | 0x1C | 4 | virtio-mmio slots with a device, which are the first ones |
@@ -34,6 +34,7 @@ pub const MAGIC: [u8; 8] = *b"COFFERPP";
 pub const VERSION: u32 = 1;
 
 const FLAG_SERIAL: u32 = 1 << 0;
+const FLAG_SHA: u32 = 1 << 1;
 
 /// What the monitor says of a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +47,9 @@ pub struct Parameters {
     pub virtio_mmio_slots: u8,
     /// Whether there is a serial port.
     pub serial: bool,
+    /// Whether the SHA instructions work if CPUID has them. There are hosts whose KVM interprets the guest's code, does
+    /// not know them, and shows the guest the host's own CPUID. The hash is the same either way.
+    pub sha_instructions: bool,
     /// Host data.
     pub host_data: [u8; 32],
 }
@@ -130,7 +134,7 @@ impl Parameters {
             return Err(ParametersError::Version { given: version });
         }
         let flags = fields.u32();
-        if flags & !FLAG_SERIAL != 0 {
+        if flags & !(FLAG_SERIAL | FLAG_SHA) != 0 {
             return Err(ParametersError::Flags { given: flags });
         }
         let memory = fields.u64();
@@ -155,6 +159,7 @@ impl Parameters {
             vcpus: vcpus as u8,
             virtio_mmio_slots: slots as u8,
             serial: flags & FLAG_SERIAL != 0,
+            sha_instructions: flags & FLAG_SHA != 0,
             host_data,
         })
     }
@@ -173,7 +178,9 @@ impl Parameters {
         let mut place = Place(&mut bytes);
         place.put(&MAGIC);
         place.put(&VERSION.to_le_bytes());
-        place.put(&(if self.serial { FLAG_SERIAL } else { 0 }).to_le_bytes());
+        let serial = if self.serial { FLAG_SERIAL } else { 0 };
+        let sha = if self.sha_instructions { FLAG_SHA } else { 0 };
+        place.put(&(serial | sha).to_le_bytes());
         place.put(&self.memory.to_le_bytes());
         place.put(&u32::from(self.vcpus).to_le_bytes());
         place.put(&u32::from(self.virtio_mmio_slots).to_le_bytes());
@@ -191,7 +198,14 @@ mod tests {
     use crate::manifest::tests::manifest;
 
     fn parameters() -> Parameters {
-        Parameters { memory: 256 * MIB, vcpus: 2, virtio_mmio_slots: 3, serial: true, host_data: [7; 32] }
+        Parameters {
+            memory: 256 * MIB,
+            vcpus: 2,
+            virtio_mmio_slots: 3,
+            serial: true,
+            sha_instructions: false,
+            host_data: [7; 32],
+        }
     }
 
     #[test]
@@ -204,6 +218,9 @@ mod tests {
         assert_eq!(bytes[0x20..], [7; 32]);
         assert_eq!(Parameters::decode(&bytes, &manifest()), Ok(parameters()));
         parameters().check(&manifest()).unwrap();
+        let sha = Parameters { serial: false, sha_instructions: true, ..parameters() };
+        assert_eq!(sha.encode()[0x0C], 2);
+        assert_eq!(Parameters::decode(&sha.encode(), &manifest()), Ok(sha));
     }
 
     #[test]
@@ -215,7 +232,7 @@ mod tests {
         let cases: &[(usize, &[u8], E)] = &[
             (0, b"x", E::Magic),
             (8, &[0], E::Version { given: 0 }),
-            (0xC, &[2], E::Flags { given: 2 }),
+            (0xC, &[4], E::Flags { given: 4 }),
             (0x10, &word(127 * MIB), memory(127 * MIB)),
             (0x10, &word(2 * GIB + MIB), memory(2 * GIB + MIB)),
             (0x10, &word(256 * MIB + 4096), memory(256 * MIB + 4096)),

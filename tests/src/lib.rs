@@ -10,6 +10,7 @@
 pub mod api;
 pub mod held;
 pub mod host;
+pub mod image;
 pub mod kernels;
 pub mod place;
 pub mod run;

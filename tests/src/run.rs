@@ -23,12 +23,24 @@ pub struct Run {
 }
 
 impl Run {
-    /// Runs `kernel`.
+    /// Runs `kernel`, which the monitor loads itself. (Some machines interpret the first stage, and take seconds to hash
+    /// a payload.)
     pub fn new(kernel: impl AsRef<Path>) -> Self {
-        Self {
-            wrapper: Vec::new(),
-            arguments: ["run".into(), "--json".into(), "--kernel".into(), kernel.as_ref().into()].into(),
-        }
+        Self::verified(kernel).with("boot", "direct")
+    }
+
+    /// Runs `kernel` by the default way: from an image that is composed in memory, loaded by the first stage.
+    pub fn verified(kernel: impl AsRef<Path>) -> Self {
+        Self::bare().with("kernel", kernel.as_ref())
+    }
+
+    /// Runs the image in a file.
+    pub fn image(path: impl AsRef<Path>) -> Self {
+        Self::bare().with("image", path.as_ref())
+    }
+
+    fn bare() -> Self {
+        Self { wrapper: Vec::new(), arguments: ["run".into(), "--json".into()].into() }
     }
 
     /// Has `wrapper` start the command: a program and its arguments, to which those of the command are added.

@@ -2,6 +2,7 @@
 //! writes here; the event loop is woken and acts.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cofferdam_api::status::ExitReason;
@@ -16,6 +17,8 @@ pub struct Control {
     notes: Mutex<Notes>,
     wake: EventFd,
     phases: Arc<PhaseClock>,
+    /// A sign of life of the kernel is waited for.
+    expecting: AtomicBool,
 }
 
 /// What was noted.
@@ -29,13 +32,15 @@ pub struct Notes {
     pub panicked: bool,
     /// The vCPUs are to be held.
     pub paused: bool,
+    /// The kernel gave a sign of life, and the first stage is over.
+    pub kernel_lives: bool,
 }
 
 impl Control {
     /// Nothing noted yet.
     pub fn new(phases: Arc<PhaseClock>) -> io::Result<Self> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        Ok(Self { notes: Mutex::default(), wake, phases })
+        Ok(Self { notes: Mutex::default(), wake, phases, expecting: AtomicBool::new(false) })
     }
 
     /// Ends the domain, unless an end is already noted.
@@ -43,6 +48,19 @@ impl Control {
         self.note(|notes| {
             notes.end.get_or_insert((reason, message));
         });
+    }
+
+    /// From here on the first stage runs, and [`Self::guest_acted`] says when it is over.
+    pub fn expect_kernel(&self) {
+        self.expecting.store(true, Ordering::Relaxed);
+    }
+
+    /// The guest accessed a device. The first stage accesses none unless it refuses to go on: so the kernel lives. Called
+    /// at every access, and does something at the first one only.
+    pub fn guest_acted(&self) {
+        if self.expecting.load(Ordering::Relaxed) && self.expecting.swap(false, Ordering::Relaxed) {
+            self.note(|notes| notes.kernel_lives = true);
+        }
     }
 
     /// Holds the vCPUs outside the guest.
@@ -143,6 +161,19 @@ mod tests {
         panicked.reset();
         assert_eq!(end(&rebooted), ExitReason::Reboot);
         assert_eq!(end(&panicked), ExitReason::Panic);
+    }
+
+    #[test]
+    fn the_first_access_after_the_first_stage_counts() {
+        let control = control();
+        control.guest_acted();
+        assert!(!control.notes().kernel_lives, "nobody waits for it");
+        control.expect_kernel();
+        assert!(!control.notes().kernel_lives);
+        control.guest_acted();
+        assert!(control.notes().kernel_lives && control.wake().read().is_ok());
+        control.guest_acted();
+        assert!(control.wake().read().is_err(), "the second one wakes nobody");
     }
 
     #[test]

@@ -17,22 +17,24 @@ use cofferdam_api::server::Reply;
 use cofferdam_api::status::{Event, ExitReason, Outcome};
 use cofferdam_confidential::{Launch, Launched, Platform};
 use cofferdam_devices::virtio::vsock::SocketFile;
+use cofferdam_firmware::parameters::Parameters;
 use cofferdam_firmware::{acpi, layout};
 use event_manager::SubscriberOps;
 use tracing::warn;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::api::{Inbox, RunTime};
-use crate::arch::{self, CpuTemplate};
+use crate::arch::{self, CpuTemplate, EntryState};
 use crate::board::{Board, Buses, EventLoop};
 use crate::control::Control;
 use crate::descriptor::Inherited;
 use crate::gate::Gate;
+use crate::image::LoadWindow;
 use crate::memory;
 use crate::metrics::{DeviceMetrics, FlushTimer, Metrics, PERIOD};
 use crate::phases::PhaseClock;
 use crate::signals::StopSignals;
-use crate::start::{Resources, StartError, memory_size, raise_descriptor_limit};
+use crate::start::{Boot, Resources, StartError, memory_size, raise_descriptor_limit};
 use crate::status::StatusFile;
 use crate::supervisor::Supervisor;
 use crate::vcpu::{Shared, Vcpus};
@@ -48,6 +50,7 @@ pub struct Domain {
     control: Arc<Control>,
     clock: Arc<PhaseClock>,
     launched: Launched,
+    window: Option<LoadWindow>,
     board: Board,
     buses: Buses,
     devices: DeviceMetrics,
@@ -78,12 +81,14 @@ impl Domain {
         clock.reached("opened");
         let control = Arc::new(Control::new(clock.clone()).map_err(internal("eventfd"))?);
         let mut devices = std::mem::take(&mut resources.metrics);
-        let (launched, board, buses) = launch(config, platform, resources, &control, clock, &mut devices)?;
+        let (launched, window, board, buses) =
+            launch(config, platform, resources, &control, clock, &mut devices)?;
         inherited.take_over();
         Ok(Self {
             control,
             clock: clock.clone(),
             launched,
+            window,
             board,
             buses,
             devices,
@@ -100,7 +105,7 @@ impl Domain {
         remote: Option<Remote>,
         metrics: &Arc<Metrics>,
     ) -> Result<Outcome, StartError> {
-        let Self { control, clock, launched, board, devices, .. } = self;
+        let Self { control, clock, launched, mut window, board, devices, .. } = self;
         let platform = launched.platform();
         let protected = launched.protected();
         let mut events = EventLoop::new().map_err(internal("event loop"))?;
@@ -137,16 +142,27 @@ impl Domain {
         metrics.add_devices(devices.clone());
         // As Firecracker does: a first line with what the start took. A failure is logged and counted.
         let _ = metrics.flush();
+        if window.is_some() {
+            control.expect_kernel();
+        }
+        let vcpu_count = devices.vcpus.len();
         lock(&supervisor).start();
-        if let Some(Remote { inbox, config, reply }) = remote {
-            if let Some(reply) = reply {
-                reply.send(Ok(VmmData::Empty));
-            }
+        let (remote, reply) = match remote {
+            Some(Remote { inbox, config, reply }) => (Some((inbox, config)), reply),
+            None => (None, None),
+        };
+        if let Some(reply) = reply {
+            reply.send(Ok(VmmData::Empty));
+        }
+        // While the guest runs already: it takes some tenths of a millisecond.
+        let identity = window.as_ref().map(|window| window.identity(vcpu_count)).unwrap_or_default();
+        if let Some((inbox, config)) = remote {
             events.add_subscriber(Arc::new(Mutex::new(RunTime {
                 inbox,
                 config: config.into(),
                 platform,
                 protected,
+                identity: identity.clone(),
                 clock: clock.clone(),
                 control: control.clone(),
                 supervisor: supervisor.clone(),
@@ -158,6 +174,11 @@ impl Domain {
             if let Err(error) = events.run() {
                 control.stop(ExitReason::MonitorError, format!("event loop: {error}"));
                 break;
+            }
+            if control.notes().kernel_lives
+                && let Some(window) = window.take()
+            {
+                window.close();
             }
         }
         board.release();
@@ -174,6 +195,7 @@ impl Domain {
         Ok(Outcome {
             platform: Some(platform),
             protected,
+            identity,
             exit_reason,
             exit_code: notes.exit_code,
             message,
@@ -198,31 +220,40 @@ fn launch(
     control: &Arc<Control>,
     clock: &PhaseClock,
     metrics: &mut DeviceMetrics,
-) -> Result<(Launched, Board, Buses), StartError> {
+) -> Result<(Launched, Option<LoadWindow>, Board, Buses), StartError> {
     let count = config.machine.vcpu_count;
-    let vm = Launch::new(&resources.kvm, platform)?;
+    let vm = Launch::new(&resources.kvm, platform.clone())?;
     arch::set_up_vm(vm.vm())?;
     clock.reached("vm_created");
     let memory = memory::map(memory_size(config))?;
     let launch = vm.add_memory(memory.clone())?;
     clock.reached("memory");
+    let template = CpuTemplate::new(&resources.kvm, count).map_err(internal("KVM_GET_SUPPORTED_CPUID"))?;
+    let (entry, window): (Box<dyn EntryState>, _) = match resources.boot {
+        Boot::Direct(plan) => {
+            let entry = plan.load(&memory)?;
+            write_acpi_tables(&memory, count, resources.virtio.len())?;
+            (Box::new(entry), None)
+        }
+        Boot::Image(image, parameters) => {
+            let parameters = Parameters { sha_instructions: template.has_sha(), ..parameters };
+            let (window, first_vcpu) = image.import(&launch, &platform, &memory, &parameters)?;
+            (Box::new(first_vcpu), Some(window))
+        }
+    };
+    clock.reached("loaded");
     let launch = launch.create_vcpus(count, RESERVED_PINS)?;
     clock.reached("vcpus");
 
-    let entry = resources.boot.load(&memory)?;
-    write_acpi_tables(&memory, count, resources.virtio.len())?;
-    clock.reached("loaded");
-
-    let template = CpuTemplate::new(&resources.kvm, count).map_err(internal("KVM_GET_SUPPORTED_CPUID"))?;
     for (index, vcpu) in (0..).zip(launch.vcpus()) {
-        arch::set_up(vcpu, index, &template, &entry)?;
+        arch::set_up(vcpu, index, &template, &*entry)?;
     }
     let (board, buses) =
         Board::new(launch.vm(), &memory, control, resources.console, resources.virtio, metrics)?;
     metrics.vcpus = (0..count).map(|_| Arc::default()).collect();
     let launched = launch.finish()?;
     clock.reached("launched");
-    Ok((launched, board, buses))
+    Ok((launched, window, board, buses))
 }
 
 fn write_acpi_tables(memory: &GuestMemoryMmap, vcpus: u8, virtio: usize) -> Result<(), StartError> {

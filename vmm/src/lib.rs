@@ -35,6 +35,7 @@ pub mod descriptor;
 pub mod domain;
 pub mod exit;
 pub mod gate;
+pub mod image;
 pub mod kick;
 pub mod lines;
 pub mod logger;

@@ -96,6 +96,7 @@ fn run(
     start(arguments, clock, observer, status, api).unwrap_or_else(|error| Outcome {
         platform: None,
         protected: false,
+        identity: Default::default(),
         exit_reason: error.reason(),
         exit_code: None,
         message: error.to_string(),

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cofferdam_api::config::{
-    self, BootProtocol, BootSource, CacheType, DomainConfig, Drive, IoEngine, SerialMode,
+    self, BootMode, BootProtocol, BootSource, CacheType, DomainConfig, Drive, IoEngine, SerialMode,
 };
 use cofferdam_api::source::{BadNumber, Source};
 use cofferdam_api::status::ExitReason;
@@ -24,6 +24,7 @@ use cofferdam_devices::virtio::block::{
 };
 use cofferdam_devices::virtio::vsock::{self, BindError, SocketFile, Vsock, VsockError};
 use cofferdam_firmware::layout::MIB;
+use cofferdam_firmware::parameters::Parameters;
 use kvm_ioctls::Kvm;
 use rustix::fs::{FileType, fstat};
 use rustix::net::sockopt::socket_acceptconn;
@@ -37,6 +38,7 @@ use crate::arch::{VcpuSetupError, VmSetupError};
 use crate::board::BoardError;
 use crate::boot::{BootError, BootFiles, BootPlan, ImageSource, Protocol};
 use crate::descriptor::{DescriptorError, Inherited};
+use crate::image::{Image, ImageError};
 use crate::memory::MemoryError;
 use crate::metrics::DeviceMetrics;
 use crate::observer::ObserveError;
@@ -44,6 +46,8 @@ use crate::observer::ObserveError;
 /// Where KVM is.
 const KVM_DEVICE: &str = "/dev/kvm";
 /// Fields, as messages name them.
+/// The field of an image file.
+const IMAGE_PATH: &str = "boot-source.image_path";
 const VSOCK_PATH: &str = "vsock.uds_path";
 const SERIAL_PATH: &str = "serial.serial_out_path";
 
@@ -89,6 +93,9 @@ pub enum StartError {
     /// The kernel, the initrd, the command line or the size of the memory is bad.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The image is bad, or not for this domain.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// An inherited descriptor cannot be used for what it was given.
     #[error("{field}: {source}")]
     Descriptor {
@@ -184,6 +191,7 @@ impl StartError {
             | Self::Config(_)
             | Self::Host(_)
             | Self::Boot(_)
+            | Self::Image(_)
             | Self::Descriptor { .. }
             | Self::DescriptorNumber { .. }
             | Self::Drive { .. }
@@ -211,12 +219,20 @@ pub struct ConsoleFiles {
     pub output: Option<OwnedFd>,
 }
 
+/// What is started, and by whom.
+pub enum Boot {
+    /// A kernel, by the monitor.
+    Direct(BootPlan),
+    /// What is in an image, by its first stage, which is told these parameters.
+    Image(Image, Parameters),
+}
+
 /// What a configuration names, opened and found good.
 pub struct Resources {
     /// The host's KVM.
     pub kvm: Kvm,
-    /// Where kernel and initrd go.
-    pub boot: BootPlan,
+    /// What is started.
+    pub boot: Boot,
     /// The drives in their order, so that the first drive is the guest's first disk, then vsock.
     pub virtio: Vec<Box<dyn VirtioDevice>>,
     /// Removes the vsock device's socket when it is dropped.
@@ -231,17 +247,7 @@ impl Resources {
     /// Checks the host and opens everything. Descriptors of `inherited` are not taken over yet.
     pub fn open(config: &DomainConfig, inherited: &mut Inherited) -> Result<Self, StartError> {
         let kvm = host::require(Path::new(KVM_DEVICE))?;
-        let boot = BootFiles::open(
-            kernel(&config.boot, inherited)?,
-            initrd(&config.boot, inherited)?,
-            &config.command_line(),
-            match config.boot.boot_protocol {
-                BootProtocol::Auto => Protocol::Auto,
-                BootProtocol::Pvh => Protocol::Pvh,
-                BootProtocol::Linux64 => Protocol::Linux64,
-            },
-        )?
-        .plan(memory_size(config))?;
+        let boot = open_boot(config, inherited)?;
         let mut virtio: Vec<Box<dyn VirtioDevice>> = Vec::new();
         let mut metrics = DeviceMetrics::default();
         for (index, drive) in config.drives.iter().enumerate() {
@@ -269,7 +275,41 @@ impl Resources {
 /// Checks that the files of `boot` are there and can be opened, and keeps nothing of them.
 pub fn check_boot(boot: &BootSource) -> Result<(), StartError> {
     let mut inherited = Inherited::default();
-    Ok(BootFiles::check(kernel(boot, &mut inherited)?, initrd(boot, &mut inherited)?)?)
+    match &boot.image_path {
+        Some(path) => Ok(Image::check_file(image(IMAGE_PATH, path, &mut inherited)?)?),
+        None => Ok(BootFiles::check(kernel(boot, &mut inherited)?, initrd(boot, &mut inherited)?)?),
+    }
+}
+
+fn open_boot(config: &DomainConfig, inherited: &mut Inherited) -> Result<Boot, StartError> {
+    let (mode, memory) = (config.boot.mode(), memory_size(config));
+    let image = if let Some(path) = &config.boot.image_path {
+        Image::open(image(IMAGE_PATH, path, inherited)?)?
+    } else {
+        let protocol = match (mode, config.boot.boot_protocol) {
+            (BootMode::Image, _) | (_, BootProtocol::Linux64) => Protocol::Linux64,
+            (BootMode::Direct, BootProtocol::Auto) => Protocol::Auto,
+            (BootMode::Direct, BootProtocol::Pvh) => Protocol::Pvh,
+        };
+        let (kernel, initrd) = (kernel(&config.boot, inherited)?, initrd(&config.boot, inherited)?);
+        let plan = BootFiles::open(kernel, initrd, &config.command_line(), protocol)?.plan(memory)?;
+        match mode {
+            BootMode::Direct => return Ok(Boot::Direct(plan)),
+            BootMode::Image => Image::of_files(plan.into_files())?,
+        }
+    };
+    let devices = config.drives.len().saturating_add(usize::from(config.vsock.is_some()));
+    let parameters = Parameters {
+        memory,
+        vcpus: config.machine.vcpu_count,
+        virtio_mmio_slots: u8::try_from(devices).unwrap_or(u8::MAX),
+        serial: true,
+        // Known when CPUID is made.
+        sha_instructions: false,
+        host_data: [0; 32],
+    };
+    image.check(&parameters)?;
+    Ok(Boot::Image(image, parameters))
 }
 
 /// Checks that drive `index` can be used now, but for locks that others have on it, and keeps nothing of it.
@@ -296,7 +336,9 @@ pub fn check_serial(serial: &config::Serial) -> Result<(), StartError> {
 }
 
 fn kernel<'a>(boot: &'a BootSource, inherited: &mut Inherited) -> Result<ImageSource<'a>, StartError> {
-    image("boot-source.kernel_image_path", &boot.kernel_image_path, inherited)
+    // Validation has refused a configuration without.
+    let path = boot.kernel_image_path.as_deref().unwrap_or(Path::new(""));
+    image("boot-source.kernel_image_path", path, inherited)
 }
 
 fn initrd<'a>(

@@ -114,7 +114,7 @@ fn run(index: usize, mut vcpu: Kickable, shared: &Shared) {
     let metrics = shared.metrics.get(index).cloned().unwrap_or_default();
     while shared.gate.pass() {
         match run_once(vcpu.vcpu(), shared, &metrics) {
-            Ok(()) => {}
+            Ok(()) => shared.control.guest_acted(),
             Err(Stop::Kicked) => {
                 metrics.exit_kicked.count();
                 vcpu.clear();

@@ -1,5 +1,6 @@
 use super::*;
 use clap::CommandFactory;
+use cofferdam_api::config::DEFAULT_COMMAND_LINE;
 use std::ffi::OsString;
 
 fn run_args(extra: &[&str]) -> Result<Box<RunArgs>, clap::Error> {
@@ -45,7 +46,7 @@ fn run_by_itself_is_the_command_run() {
 fn defaults() {
     let config = config(&[]).unwrap();
     assert_eq!(config.machine, MachineConfig { vcpu_count: 1, mem_size_mib: 128 });
-    assert_eq!(config.boot.kernel_image_path.to_str(), Some("k"));
+    assert_eq!(config.boot.kernel_image_path, Some("k".into()));
     assert_eq!(config.boot.initrd_path, None);
     assert_eq!(config.command_line(), DEFAULT_COMMAND_LINE);
     assert_eq!((config.drives.len(), &config.vsock), (0, &None));

@@ -172,7 +172,7 @@ pub struct Composition<'a> {
     platforms: Vec<PlatformInfo>,
     manifest: Manifest,
     manifest_page: [u8; PAGE],
-    plain_tables: [[u8; PAGE]; 2],
+    plain_tables: [[u8; PAGE]; 6],
     snp_tables: [[u8; PAGE]; 2],
     vmsa: Box<Vmsa>,
     kernel: &'a [u8],
@@ -224,8 +224,8 @@ pub fn compose<'a>(source: &Source<'a>, options: &Options) -> Result<Composition
         platforms: platforms(options)?,
         manifest,
         manifest_page,
-        plain_tables: page_tables::entry_tables(0),
-        snp_tables: page_tables::entry_tables(C_BIT),
+        plain_tables: page_tables::plain(),
+        snp_tables: page_tables::large(C_BIT),
         vmsa: Box::new(entry_vmsa()),
         kernel: source.kernel.bytes,
         initrd,
@@ -266,7 +266,7 @@ impl<'a> Composition<'a> {
         };
         let no_tables = PageRun {
             gpa: layout::STAGE_PAGE_TABLES,
-            pages: self.plain_tables.len() as u64,
+            pages: self.snp_tables.len() as u64,
             kind: PageKind::Measured,
             content: Content::ZERO,
         };
@@ -286,7 +286,7 @@ impl<'a> Composition<'a> {
             (
                 "page tables",
                 PLAIN,
-                pages(PageKind::Measured, layout::STAGE_PAGE_TABLES, self.plain_tables.as_flattened()),
+                pages(PageKind::Measured, layout::STAGE_PAGE_DIRECTORIES, self.plain_tables.as_flattened()),
             ),
             (
                 "page tables",

@@ -20,8 +20,7 @@ use core::arch::global_asm;
 use core::panic::PanicInfo;
 
 use cofferdam_firmware::first_stage;
-use cofferdam_firmware::first_stage::Platform;
-use cofferdam_firmware::layout::{BOOT_PAGE_TABLES, BOOT_PARAMS};
+use cofferdam_firmware::layout::BOOT_PARAMS;
 
 use crate::plain::Plain;
 
@@ -38,8 +37,7 @@ stage_start:
     or ${sse}, %eax
     mov %rax, %cr4
     call stage_main
-    // RAX = the kernel's first instruction, RDX = page tables; the kernel gets boot_params in RSI
-    mov %rdx, %cr3
+    // RAX = the kernel's first instruction; the kernel gets boot_params in RSI
     mov ${data}, %ecx
     mov %ecx, %ds
     mov %ecx, %es
@@ -69,20 +67,12 @@ gdt_pointer:
     options(att_syntax)
 );
 
-/// How the entry code goes on.
-#[repr(C)]
-struct Kernel {
-    /// Address of its first instruction.
-    entry: u64,
-    /// CR3.
-    page_tables: u64,
-}
-
+/// Returns where the kernel begins.
 #[unsafe(no_mangle)]
-extern "C" fn stage_main() -> Kernel {
+extern "C" fn stage_main() -> u64 {
     let mut platform = Plain;
     match first_stage::prepare(&mut platform) {
-        Ok(entry) => Kernel { entry, page_tables: BOOT_PAGE_TABLES | platform.private_bit() },
+        Ok(entry) => entry,
         Err(reason) => first_stage::refuse(&mut platform, reason),
     }
 }

@@ -28,10 +28,6 @@ fn is_free(address: u64, length: u64) -> bool {
 }
 
 impl Platform for Plain {
-    fn private_bit(&self) -> u64 {
-        0
-    }
-
     fn accept_memory(&mut self, _memory: u64) {}
 
     fn image_page(&self, address: u64) -> &[u8; PAGE_SIZE as usize] {

@@ -97,6 +97,6 @@ impl Guest {
 
     /// A run of `kernel` with just this command line.
     pub fn run_line(&self, kernel: &Path, line: &str) -> Run {
-        Run::new(kernel).with("initrd", self.file("initrd")).with("memory", "256M").with("cmdline", line)
+        Run::verified(kernel).with("initrd", self.file("initrd")).with("memory", "256M").with("cmdline", line)
     }
 }

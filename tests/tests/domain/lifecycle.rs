@@ -33,7 +33,7 @@ fn assert_nothing_runs() {
 fn the_small_guest_of_the_assets_boots() {
     let guest = Guest::new();
     let assets = guest.assets();
-    let done = Run::new(&assets.guest_kernel).with("initrd", &assets.guest_initrd).finish();
+    let done = Run::verified(&assets.guest_kernel).with("initrd", &assets.guest_initrd).finish();
     check(&done, ExitReason::PowerOff, 0);
     assert!(done.console().contains("-cloud-amd64"), "{done}");
     assert_eq!(done.outcome().exit_code, Some(0), "{done}");

@@ -180,6 +180,7 @@ impl PreBoot {
             state: VmState::NotStarted,
             platform: None,
             protected: false,
+            identity: Default::default(),
             exit_reason: None,
             exit_code: None,
             message: None,

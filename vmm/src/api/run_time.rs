@@ -8,7 +8,7 @@ use std::time::Instant;
 use cofferdam_api::actions::{ActionError, ActionResult, Version, VmmAction, VmmData};
 use cofferdam_api::draft::Draft;
 use cofferdam_api::requests::DrivePatch;
-use cofferdam_api::status::{ExitReason, Platform, VmState, VmStatus};
+use cofferdam_api::status::{ExitReason, Identity, Platform, VmState, VmStatus};
 use cofferdam_devices::virtio::block::{Block, BlockFile};
 use cofferdam_devices::virtio::mmio::MmioTransport;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -31,6 +31,8 @@ pub struct RunTime {
     pub platform: Platform,
     /// Whether it protects the domain.
     pub protected: bool,
+    /// What the domain is.
+    pub identity: Identity,
     /// When phases were reached.
     pub clock: Arc<PhaseClock>,
     /// What is known of the domain.
@@ -138,6 +140,7 @@ impl RunTime {
             state: self.state(),
             platform: Some(self.platform),
             protected: self.protected,
+            identity: self.identity.clone(),
             exit_reason: None,
             exit_code: self.control.notes().exit_code,
             message: None,

@@ -175,6 +175,7 @@ fn run_time() -> RunTime {
     let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap());
     let drive = MmioTransport::new(Box::new(drive), memory, Arc::new(Line)).unwrap();
     RunTime {
+        identity: Default::default(),
         inbox,
         virtio: vec![Arc::new(drive)],
         config: config().into(),

@@ -18,6 +18,7 @@ use cofferdam_firmware::layout;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 
 use super::Protocol;
+use crate::arch::EntryState;
 
 /// End of what the page tables at entry map.
 pub(super) const IDENTITY_MAP_END: u64 = layout::GIB;
@@ -89,8 +90,27 @@ impl Entry {
         self.instruction
     }
 
-    /// The general registers.
-    pub fn regs(&self) -> kvm_regs {
+    /// The GDT for [`layout::BOOT_GDT`], with the segments of [`Self::sregs`].
+    pub(super) fn gdt(&self) -> [u64; GDT_ENTRIES] {
+        [
+            0,
+            0,
+            descriptor(&self.code_segment()),
+            descriptor(&flat_segment(DATA_SELECTOR, TYPE_DATA_WRITE_ACCESSED)),
+        ]
+    }
+
+    fn code_segment(&self) -> kvm_segment {
+        let code = flat_segment(CODE_SELECTOR, TYPE_CODE_READ_ACCESSED);
+        match self.mode {
+            Mode::Pvh => code,
+            Mode::Linux64 => kvm_segment { l: 1, db: 0, ..code },
+        }
+    }
+}
+
+impl EntryState for Entry {
+    fn regs(&self, _: kvm_regs) -> kvm_regs {
         let regs = kvm_regs { rip: self.instruction, rflags: RFLAGS_FIXED, ..kvm_regs::default() };
         match self.mode {
             Mode::Pvh => kvm_regs { rbx: layout::PVH_START_INFO, ..regs },
@@ -98,8 +118,7 @@ impl Entry {
         }
     }
 
-    /// The system registers: `base`, as KVM gave them, with all that the entry prescribes.
-    pub fn sregs(&self, base: kvm_sregs) -> kvm_sregs {
+    fn sregs(&self, base: kvm_sregs) -> kvm_sregs {
         let data = flat_segment(DATA_SELECTOR, TYPE_DATA_WRITE_ACCESSED);
         let flat = kvm_sregs {
             cs: self.code_segment(),
@@ -125,24 +144,6 @@ impl Entry {
                 efer: EFER_LONG_MODE_ENABLE | EFER_LONG_MODE_ACTIVE,
                 ..flat
             },
-        }
-    }
-
-    /// The GDT for [`layout::BOOT_GDT`], with the segments of [`Self::sregs`].
-    pub(super) fn gdt(&self) -> [u64; GDT_ENTRIES] {
-        [
-            0,
-            0,
-            descriptor(&self.code_segment()),
-            descriptor(&flat_segment(DATA_SELECTOR, TYPE_DATA_WRITE_ACCESSED)),
-        ]
-    }
-
-    fn code_segment(&self) -> kvm_segment {
-        let code = flat_segment(CODE_SELECTOR, TYPE_CODE_READ_ACCESSED);
-        match self.mode {
-            Mode::Pvh => code,
-            Mode::Linux64 => kvm_segment { l: 1, db: 0, ..code },
         }
     }
 }
@@ -201,7 +202,7 @@ mod tests {
     #[test]
     fn linux64_state() {
         let entry = Entry::linux64(0x100_0200);
-        let regs = entry.regs();
+        let regs = entry.regs(kvm_regs::default());
         assert_eq!((regs.rip, regs.rsi, regs.rbx, regs.rflags), (0x100_0200, 0x7000, 0, 2));
         let base = kvm_sregs { apic_base: 0xfee0_0900, cr4: 0x40, ..kvm_sregs::default() };
         let sregs = entry.sregs(base);
@@ -214,7 +215,7 @@ mod tests {
     #[test]
     fn pvh_state() {
         let entry = Entry::pvh(0x100_0070);
-        let regs = entry.regs();
+        let regs = entry.regs(kvm_regs::default());
         assert_eq!((regs.rip, regs.rsi, regs.rbx, regs.rflags), (0x100_0070, 0, 0x6000, 2));
         let base = kvm_sregs { cr0: 0x6000_0010, cr3: 1, cr4: 0x40, efer: 1, ..kvm_sregs::default() };
         let sregs = entry.sregs(base);

@@ -8,11 +8,15 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use cofferdam_firmware::sha256;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, VolatileSlice};
 
 use super::error::FileError;
 
-/// Where a kernel or initrd is.
+/// How much is read at a time to be hashed, bytes: whole blocks, and small enough to stay in a cache.
+const HASH_BUFFER: usize = 128 << 10;
+
+/// Where a kernel, an initrd or an image is.
 #[derive(Debug)]
 pub enum ImageSource<'a> {
     /// A regular file.
@@ -23,7 +27,7 @@ pub enum ImageSource<'a> {
 
 impl ImageSource<'_> {
     /// What messages call it.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         match self {
             Self::Path(path) | Self::File(_, path) => path,
         }
@@ -38,7 +42,7 @@ impl<'a> From<&'a Path> for ImageSource<'a> {
 
 /// An open, regular, non-empty file.
 #[derive(Debug)]
-pub(super) struct ImageFile {
+pub(crate) struct ImageFile {
     file: File,
     path: PathBuf,
     length: u64,
@@ -46,7 +50,7 @@ pub(super) struct ImageFile {
 
 impl ImageFile {
     /// Opens `source` for reading. A pipe without a writer does not block.
-    pub(super) fn open(source: ImageSource<'_>) -> Result<Self, FileError> {
+    pub(crate) fn open(source: ImageSource<'_>) -> Result<Self, FileError> {
         let (file, path) = match source {
             ImageSource::File(file, path) => (Ok(file), path),
             ImageSource::Path(path) => {
@@ -67,22 +71,53 @@ impl ImageFile {
     }
 
     /// The path that the file was opened by, for messages.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Length in bytes when the file was opened.
-    pub(super) fn length(&self) -> u64 {
+    pub(crate) fn length(&self) -> u64 {
         self.length
     }
 
+    /// The file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Fills `buffer` with the bytes at `offset`.
-    pub(super) fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), FileError> {
+    pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), FileError> {
         self.file.read_exact_at(buffer, offset).map_err(|reason| self.read_error(offset, reason))
     }
 
+    /// The first `length` bytes, or all there are.
+    pub(crate) fn head(&self, length: usize) -> Result<Vec<u8>, FileError> {
+        let length = usize::try_from(self.length).map_or(length, |all| all.min(length));
+        let mut head = vec![0; length];
+        self.read_at(&mut head, 0)?;
+        Ok(head)
+    }
+
+    /// The SHA-256 of the file.
+    pub(crate) fn sha256(&self) -> Result<[u8; sha256::SIZE], FileError> {
+        let mut hash = sha256::Method::detect().begin();
+        let mut buffer = vec![0; HASH_BUFFER];
+        let mut offset = 0;
+        loop {
+            let left = usize::try_from(self.length.saturating_sub(offset)).unwrap_or(usize::MAX);
+            let piece = buffer.get_mut(..left.min(HASH_BUFFER)).unwrap_or_default();
+            self.read_at(piece, offset)?;
+            let (blocks, rest) = piece.as_chunks();
+            hash.blocks(blocks);
+            if piece.len() < HASH_BUFFER {
+                return Ok(hash.finish(rest));
+            }
+            offset = offset.saturating_add(HASH_BUFFER as u64);
+        }
+    }
+
     /// Reads `length` bytes at `offset` straight into guest memory at `address`.
-    pub(super) fn copy_to(
+    pub(crate) fn copy_to(
         &self,
         memory: &GuestMemoryMmap,
         address: u64,
@@ -162,6 +197,15 @@ mod tests {
         image.as_file().set_len(100).unwrap();
         assert!(matches!(open.copy_to(&memory, 0x1000, 0, 4096), Err(FileError::Shrunk { length: 4096 })));
         assert!(matches!(open.read_at(&mut [0; 8], 96), Err(FileError::Shrunk { .. })));
+    }
+
+    #[test]
+    fn the_hash_is_that_of_the_whole_file() {
+        for length in [1, 4096, HASH_BUFFER - 1, HASH_BUFFER, HASH_BUFFER + 1, 3 * HASH_BUFFER + 100] {
+            let bytes: Vec<u8> = (0..length).map(|index| (index % 251) as u8).collect();
+            let image = ImageFile::open(file(&bytes).path().into()).unwrap();
+            assert_eq!(image.sha256().unwrap(), sha256::Method::PORTABLE.digest(&bytes), "{length}");
+        }
     }
 
     #[test]

@@ -39,7 +39,7 @@ mod bzimage;
 mod elf;
 mod entry;
 mod error;
-mod file;
+pub(crate) mod file;
 mod kernel;
 mod memory_map;
 mod plan;
@@ -107,6 +107,11 @@ impl BootFiles {
     pub fn check(kernel: ImageSource<'_>, initrd: Option<ImageSource<'_>>) -> Result<(), BootError> {
         open_kernel(kernel)?;
         initrd.map(open_initrd).transpose().map(drop)
+    }
+
+    /// The kernel, the initrd and the command line.
+    pub(crate) fn into_parts(self) -> (ImageFile, Option<ImageFile>, String) {
+        (self.kernel, self.initrd, self.command_line)
     }
 
     /// Decides where everything goes in a domain with `memory` bytes of RAM.

@@ -37,6 +37,11 @@ impl BootPlan {
         Ok(Self { files, memory, initrd })
     }
 
+    /// The files, for somebody else to load.
+    pub(crate) fn into_files(self) -> BootFiles {
+        self.files
+    }
+
     /// The guest-physical memory that belongs to the kernel.
     pub fn kernel_memory(&self) -> Range<u64> {
         self.files.image.memory()

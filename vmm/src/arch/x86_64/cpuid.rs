@@ -19,6 +19,9 @@ const AMD_LEGACY_MULTICORE: u32 = 1 << 1;
 /// Leaf 0, EBX, EDX and ECX of the processors with AMD's meaning of leaves 0x8000_0001 and 0x8000_0008.
 const AMD_VENDORS: [&[u8; 12]; 2] = [b"AuthenticAMD", b"HygonGenuine"];
 
+/// Leaf 7, EBX: SHA1RNDS4, SHA256RNDS2 and their neighbours.
+const SHA: u32 = 1 << 29;
+
 /// Level types of leaves 0xB and 0x1F.
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
@@ -45,6 +48,11 @@ impl CpuTemplate {
             AMD_VENDORS.iter().any(|name| name[..] == *vendor.as_flattened())
         });
         Self { entries, count, amd, tsc_deadline }
+    }
+
+    /// Whether KVM offers the SHA instructions.
+    pub fn has_sha(&self) -> bool {
+        self.entries.iter().any(|entry| (entry.function, entry.index) == (7, 0) && entry.ebx & SHA != 0)
     }
 
     /// CPUID of the vCPU with APIC id `id`. An error means more entries than KVM takes.

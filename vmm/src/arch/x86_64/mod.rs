@@ -5,5 +5,5 @@ mod vcpu;
 mod vm;
 
 pub use cpuid::CpuTemplate;
-pub use vcpu::{VcpuSetupError, set_up};
+pub use vcpu::{EntryState, VcpuSetupError, set_up};
 pub use vm::{VmSetupError, set_up_vm};

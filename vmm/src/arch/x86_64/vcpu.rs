@@ -4,12 +4,11 @@
 //! APIC disabled in software as the architecture has it, all counters started
 //! together at zero.
 
-use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
 
 use super::CpuTemplate;
-use crate::boot::Entry;
 
 /// `IA32_MISC_ENABLE` (Intel SDM vol. 4): fast string operations.
 const MSR_MISC_ENABLE: u32 = 0x1A0;
@@ -51,9 +50,22 @@ pub enum VcpuSetupError {
     },
 }
 
+/// The registers with which the first vCPU begins, out of those with which KVM resets it.
+pub trait EntryState {
+    /// The general registers.
+    fn regs(&self, base: kvm_regs) -> kvm_regs;
+    /// The system registers.
+    fn sregs(&self, base: kvm_sregs) -> kvm_sregs;
+}
+
 /// Sets CPUID and MSRs of vCPU `index`, and on the first one the registers of `entry`. The others wait
 /// for the guest to start them.
-pub fn set_up(vcpu: &VcpuFd, index: u8, template: &CpuTemplate, entry: &Entry) -> Result<(), VcpuSetupError> {
+pub fn set_up(
+    vcpu: &VcpuFd,
+    index: u8,
+    template: &CpuTemplate,
+    entry: &dyn EntryState,
+) -> Result<(), VcpuSetupError> {
     let call = |call| move |source| VcpuSetupError::Call { vcpu: index, call, source };
     let cpuid =
         template.for_vcpu(index).map_err(|_| VcpuSetupError::TooMany { vcpu: index, entries: "CPUID" })?;
@@ -62,7 +74,8 @@ pub fn set_up(vcpu: &VcpuFd, index: u8, template: &CpuTemplate, entry: &Entry) -
     if index == 0 {
         let sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
         vcpu.set_sregs(&entry.sregs(sregs)).map_err(call("KVM_SET_SREGS"))?;
-        vcpu.set_regs(&entry.regs()).map_err(call("KVM_SET_REGS"))?;
+        let regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
+        vcpu.set_regs(&entry.regs(regs)).map_err(call("KVM_SET_REGS"))?;
     }
     Ok(())
 }

@@ -1,0 +1,234 @@
+//! From an image to the first instruction of the first stage.
+//!
+//! An image is a file, or is composed in memory of a kernel, an initrd and a command
+//! line. Either way it is one walk over the same items ([`cofferdam_confidential::image`]),
+//! and [`live`] is what takes them into a domain.
+//!
+//! Kernel, initrd and command line are not copied: the load window is a mapping of
+//! their files ([`window`]). The monitor itself never looks into such a mapping, as
+//! whoever may write to a file may also cut it off, and a look behind its end is
+//! fatal; what the monitor needs of a file it reads with system calls. A guest that
+//! looks behind the end gets an error from KVM, and ends alone.
+
+mod error;
+mod live;
+mod mapped;
+mod registers;
+#[cfg(test)]
+mod tests;
+mod window;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use cofferdam_api::status::Identity;
+use cofferdam_confidential::Platform;
+use cofferdam_confidential::digest::snp::SnpMeasurement;
+use cofferdam_confidential::digest::tdx::TdxMeasurement;
+use cofferdam_confidential::igvm::reader::{self, Igvm};
+use cofferdam_confidential::image::compose::{Blob, Composition, Options, Source, compose};
+use cofferdam_confidential::image::importer::{ImagePlatform, Importer};
+use cofferdam_confidential::image::manifest::ManifestFinder;
+use cofferdam_confidential::image::walk::{Selection, WalkError, walk};
+use cofferdam_confidential::launch::{Launch, Populated};
+use cofferdam_firmware::boot::HEAD;
+use cofferdam_firmware::manifest::Manifest;
+use cofferdam_firmware::parameters::Parameters;
+use cofferdam_firmware::sha256;
+use vm_memory::GuestMemoryMmap;
+
+pub use self::error::{ImageError, ImportError};
+pub use self::registers::FirstVcpu;
+pub use self::window::LoadWindow;
+
+use self::live::{Import, LiveImporter, Machine};
+use self::mapped::MappedFile;
+use self::window::Backing;
+use crate::boot::file::ImageFile;
+use crate::boot::{BootFiles, ImageSource};
+use crate::start::StartError;
+
+/// The bytes of a file that say how long its headers are.
+const FIXED_HEADERS: usize = 32;
+/// Most bytes of headers: those of an image that fills the load window have 10 MiB.
+const MAX_HEADERS: u64 = 16 << 20;
+/// What of an image is looked at beside its headers is in the pages behind them, if the image is ours.
+const PRIVATE_DATA: usize = 64 << 12;
+
+/// An image, opened and found good.
+pub struct Image {
+    source: Files,
+    manifest: Option<Manifest>,
+}
+
+/// Where an image comes from.
+enum Files {
+    /// A kernel, an initrd and a command line.
+    Loose { kernel: Hashed, kernel_head: Vec<u8>, initrd: Option<Hashed>, command_line: String },
+    /// An image file, of which `head` is a copy of the beginning.
+    Image { file: ImageFile, head: Vec<u8>, mapping: MappedFile },
+}
+
+/// A mapped file and its hash.
+struct Hashed {
+    mapping: MappedFile,
+    sha256: [u8; sha256::SIZE],
+}
+
+impl Hashed {
+    fn new(file: &ImageFile) -> Result<Self, ImageError> {
+        let failed = |reason| ImageError::File { path: file.path().to_owned(), reason };
+        Ok(Self { sha256: file.sha256().map_err(failed)?, mapping: MappedFile::new(file)? })
+    }
+
+    fn blob(&self) -> Blob<'_> {
+        Blob { bytes: self.mapping.bytes(), sha256: self.sha256 }
+    }
+}
+
+impl Image {
+    /// The image of these files, as `cofferdam image build` makes it when it is told nothing else.
+    pub fn of_files(files: BootFiles) -> Result<Self, ImageError> {
+        let (kernel, initrd, command_line) = files.into_parts();
+        let failed = |reason| ImageError::File { path: kernel.path().to_owned(), reason };
+        let source = Files::Loose {
+            kernel_head: kernel.head(HEAD).map_err(failed)?,
+            kernel: Hashed::new(&kernel)?,
+            initrd: initrd.as_ref().map(Hashed::new).transpose()?,
+            command_line,
+        };
+        let mut image = Self { source, manifest: None };
+        image.manifest = image.composition()?.map(|composition| *composition.manifest());
+        Ok(image)
+    }
+
+    /// The image in a file, which must be for plain domains.
+    pub fn open(source: ImageSource<'_>) -> Result<Self, ImageError> {
+        let path = &source.path().to_owned();
+        let failed = |reason| ImageError::File { path: path.to_owned(), reason };
+        let refused = |error: String| ImageError::Refused { path: path.to_owned(), error };
+        let file = ImageFile::open(source).map_err(failed)?;
+        let beginning = file.head(FIXED_HEADERS).map_err(failed)?;
+        let headers = reader::length_of_headers(&beginning).map_err(|error| refused(error.to_string()))?;
+        if headers > MAX_HEADERS {
+            return Err(refused(format!("has {headers} bytes of headers, at most {MAX_HEADERS} are read")));
+        }
+        let head = file.head((headers as usize).saturating_add(PRIVATE_DATA)).map_err(failed)?;
+        let mapping = MappedFile::new(&file)?;
+        let source = Files::Image { file, head, mapping };
+        let mut image = Self { source, manifest: None };
+        let mut finder = ManifestFinder::new();
+        image.walk(ImagePlatform::Plain, &mut finder)?;
+        let failed = |error| ImageError::Manifest { path: path.to_owned(), error };
+        image.manifest = finder.manifest().map_err(failed)?;
+        Ok(image)
+    }
+
+    /// Checks that an image file can be opened, and keeps nothing of it.
+    pub fn check_file(source: ImageSource<'_>) -> Result<(), ImageError> {
+        let path = source.path().to_owned();
+        ImageFile::open(source).map(drop).map_err(|reason| ImageError::File { path, reason })
+    }
+
+    /// Checks what the first stage will be told of a domain, as it will.
+    pub fn check(&self, parameters: &Parameters) -> Result<(), ImageError> {
+        match &self.manifest {
+            Some(manifest) => parameters.check(manifest).map_err(ImageError::Parameters),
+            None => Ok(()),
+        }
+    }
+
+    /// Puts the image into the fresh memory of `launch`, whose platform is `platform`: what of it lies outside RAM is in
+    /// the window then, and the first vCPU begins as is returned.
+    pub fn import(
+        self,
+        launch: &Launch<Populated>,
+        platform: &Arc<dyn Platform>,
+        memory: &GuestMemoryMmap,
+        parameters: &Parameters,
+    ) -> Result<(LoadWindow, FirstVcpu), StartError> {
+        let ours = self.manifest.is_some().then_some(parameters);
+        let mapped = self.mapped();
+        let file = match &self.source {
+            Files::Image { file, .. } => Some(file),
+            Files::Loose { .. } => None,
+        };
+        let machine = Machine { memory, size: parameters.memory, vcpus: parameters.vcpus };
+        let mut live = LiveImporter::new(machine, &mapped, file, ours);
+        self.walk(ImagePlatform::Plain, &mut live)?;
+        let Import { slots, copies, first_vcpu } = live.finish();
+        for slot in &slots {
+            launch.add_window(slot)?;
+        }
+        let backing = Backing { image: self, _copies: copies };
+        Ok((LoadWindow::new(launch.vm().clone(), platform.clone(), slots, backing), first_vcpu))
+    }
+
+    /// Where its files are mapped.
+    fn mapped(&self) -> Vec<Range<usize>> {
+        let mappings = match &self.source {
+            Files::Loose { kernel, initrd, .. } => {
+                vec![Some(&kernel.mapping), initrd.as_ref().map(|initrd| &initrd.mapping)]
+            }
+            Files::Image { mapping, .. } => vec![Some(mapping)],
+        };
+        mappings.into_iter().flatten().map(MappedFile::range).collect()
+    }
+
+    /// What can be said of the image without launching it, for a domain with this number of vCPUs.
+    pub fn identity(&self, vcpus: u8) -> Identity {
+        let mut digests = BTreeMap::new();
+        let mut note = |platform: ImagePlatform, digest: Option<[u8; 48]>| {
+            digest.map(|digest| digests.insert(platform.name().to_owned(), hex(&digest)));
+        };
+        let mut snp = SnpMeasurement::new();
+        let walked = self.walk(ImagePlatform::Snp, &mut snp);
+        note(ImagePlatform::Snp, walked.ok().and_then(|()| snp.digest(vcpus.into()).ok()));
+        let mut tdx = TdxMeasurement::new();
+        note(ImagePlatform::Tdx, self.walk(ImagePlatform::Tdx, &mut tdx).ok().map(|()| tdx.mrtd()));
+        let hash = |manifest: &Manifest| hex(&sha256::Method::detect().digest(&manifest.encode()));
+        Identity { image_hash: self.manifest.as_ref().map(hash), predicted_digests: digests, digest: None }
+    }
+
+    /// The composition of loose files.
+    fn composition(&self) -> Result<Option<Composition<'_>>, ImageError> {
+        let Files::Loose { kernel, kernel_head, initrd, command_line } = &self.source else {
+            return Ok(None);
+        };
+        let source = Source {
+            kernel: kernel.blob(),
+            kernel_head,
+            initrd: initrd.as_ref().map(Hashed::blob),
+            command_line,
+        };
+        compose(&source, &Options::default()).map(Some).map_err(ImageError::Compose)
+    }
+
+    /// Hands the items for one platform to `importer`.
+    fn walk<I, E>(&self, platform: ImagePlatform, importer: &mut I) -> Result<(), ImageError>
+    where
+        I: for<'a> Importer<'a, Error = E>,
+        E: std::fmt::Display,
+    {
+        let selection = Selection::One(platform);
+        match &self.source {
+            Files::Loose { .. } => match self.composition()? {
+                Some(composition) => composition
+                    .walk(selection, importer)
+                    .map_err(|error: WalkError<E>| ImageError::Composed(error.to_string())),
+                None => Ok(()),
+            },
+            Files::Image { file, head, mapping } => {
+                let refused = |error: String| ImageError::Refused { path: file.path().to_owned(), error };
+                let image =
+                    Igvm::with_head(head, mapping.bytes()).map_err(|error| refused(error.to_string()))?;
+                walk(&image, selection, importer).map_err(|error| refused(error.to_string()))
+            }
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,55 @@
+//! The load window of a running domain: memory slots through which the first stage sees the files.
+
+use std::sync::Arc;
+
+use cofferdam_api::status::Identity;
+use cofferdam_confidential::{LaunchError, MemorySlot, Platform};
+use kvm_ioctls::VmFd;
+use tracing::warn;
+use vm_memory::MmapRegion;
+
+use super::Image;
+
+/// Slots of a VM and what is behind them. To be dropped only when the VM does not run any more, like its RAM.
+pub struct LoadWindow {
+    vm: Arc<VmFd>,
+    platform: Arc<dyn Platform>,
+    slots: Vec<MemorySlot>,
+    backing: Backing,
+}
+
+/// What is behind the slots.
+pub(super) struct Backing {
+    /// Mappings of files.
+    pub(super) image: Image,
+    /// Copies of what is in no mapped file.
+    pub(super) _copies: Vec<MmapRegion>,
+}
+
+impl LoadWindow {
+    pub(super) fn new(
+        vm: Arc<VmFd>,
+        platform: Arc<dyn Platform>,
+        slots: Vec<MemorySlot>,
+        backing: Backing,
+    ) -> Self {
+        Self { vm, platform, slots, backing }
+    }
+
+    /// See [`Image::identity`].
+    pub fn identity(&self, vcpus: usize) -> Identity {
+        self.backing.image.identity(u8::try_from(vcpus).unwrap_or(u8::MAX))
+    }
+
+    /// Takes the slots from the VM, which may be running, and lets the files go. If KVM refuses, the mappings stay as
+    /// long as this process: the guest could read whatever came to lie at their addresses.
+    pub fn close(self) {
+        let Self { vm, platform, slots, backing } = self;
+        let removed: Result<(), LaunchError> =
+            slots.iter().try_for_each(|slot| platform.remove_memory(&vm, slot));
+        if let Err(error) = removed {
+            warn!("the load window stays: {error}");
+            std::mem::forget(backing);
+        }
+    }
+}
