@@ -477,7 +477,8 @@ mod tests {
         accepted(|c| c.boot.boot_mode = Some(BootMode::Image));
         accepted(|c| c.boot.boot_mode = Some(BootMode::Direct));
         let own = "an image has its own; leave it out beside boot-source.image_path";
-        let cases: [(fn(&mut DomainConfig), &str, &str); 7] = [
+        type Change = fn(&mut DomainConfig);
+        let cases: [(Change, &str, &str); 7] = [
             (|c| c.boot.kernel_image_path = Some("k".into()), "boot-source.kernel_image_path", own),
             (|c| c.boot.initrd_path = Some("i".into()), "boot-source.initrd_path", own),
             (|c| c.boot.boot_args = Some(String::new()), "boot-source.boot_args", own),

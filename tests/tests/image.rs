@@ -1,5 +1,7 @@
 //! Images and the real first stage, with tiny kernels, on this machine's own `/dev/kvm`.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests fail by panicking
+
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;

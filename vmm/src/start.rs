@@ -46,7 +46,6 @@ use crate::observer::ObserveError;
 /// Where KVM is.
 const KVM_DEVICE: &str = "/dev/kvm";
 /// Fields, as messages name them.
-/// The field of an image file.
 const IMAGE_PATH: &str = "boot-source.image_path";
 const VSOCK_PATH: &str = "vsock.uds_path";
 const SERIAL_PATH: &str = "serial.serial_out_path";

@@ -125,7 +125,8 @@ impl<'m> LiveImporter<'m> {
         }
         let inside = |range: &Range<u64>| range.contains(&gpa) && length <= range.end.saturating_sub(gpa);
         let window = LOAD_WINDOW..LOAD_WINDOW.saturating_add(LOAD_WINDOW_SIZE);
-        if !inside(&FIRMWARE) && !(run.kind == PageKind::Shared && inside(&window)) {
+        let is_window = run.kind == PageKind::Shared && inside(&window);
+        if !is_window && !inside(&FIRMWARE) {
             return Err(self.no_memory(gpa, length));
         }
         let host_address = match self.mapping(run) {
@@ -160,7 +161,7 @@ impl<'m> LiveImporter<'m> {
         let copy = MmapRegion::new(length as usize).map_err(|error| failed(error.to_string()))?;
         let bytes = self.look(&run.content)?;
         let place = copy.get_slice(0, bytes.len()).map_err(|error| failed(error.to_string()))?;
-        place.copy_from(&*bytes);
+        place.copy_from(&bytes);
         let address = copy.as_ptr() as u64;
         self.import.copies.push(copy);
         Ok(address)
