@@ -7,14 +7,14 @@ use igvm_defs as defs;
 use igvm_defs::IgvmVariableHeaderType as Type;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::context::{VpContext, vp_context};
 use super::error::Problem;
 use crate::image::importer::{
-    CcaPolicy, DescriptorTable, ImagePlatform, NativeContext, PAGE, PageKind, ParameterKind, PublicKey,
-    Segment, Signature, SnpIdBlock,
+    CcaPolicy, ImagePlatform, PAGE, PageKind, ParameterKind, PublicKey, Signature, SnpIdBlock,
 };
 
 /// Bytes of a small page.
-const SMALL_PAGE: u64 = defs::PAGE_SIZE_4K;
+pub(super) const SMALL_PAGE: u64 = defs::PAGE_SIZE_4K;
 /// Bytes of a large page.
 const LARGE_PAGE: u64 = 2 << 20;
 
@@ -160,26 +160,6 @@ pub struct FileData<'a> {
     pub bytes: &'a [u8],
     /// Where they lie in the file; `None` for zeroes.
     pub offset: Option<u64>,
-}
-
-/// A vCPU's registers in the form of a platform.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum VpContext<'a> {
-    /// Plain and SEV.
-    NativeX64(Box<NativeContext>),
-    /// SNP and SEV-ES.
-    Vmsa(&'a [u8; PAGE]),
-    /// CCA.
-    Cca {
-        /// x0 to x7.
-        x: [u64; 8],
-        /// The program counter.
-        pc: u64,
-        /// Flags of the REC.
-        flags: u64,
-    },
-    /// Registers of Hyper-V's isolation, 32 bytes each.
-    Vbs(&'a [u8]),
 }
 
 /// The bytes of a file: those of its beginning from a copy, the others where the file is mapped.
@@ -428,98 +408,6 @@ fn page_data<'a>(
     Ok(Header::PageData { mask: raw.compatibility_mask, gpa: raw.gpa, length, kind, data })
 }
 
-fn vp_context<'a>(
-    raw: &defs::IGVM_VHS_VP_CONTEXT,
-    around: &Surroundings<'a, '_>,
-) -> Result<Header<'a>, Problem> {
-    reserved(raw.reserved == 0, "the last field")?;
-    let gpa = raw.gpa.get();
-    aligned("gpa", gpa, SMALL_PAGE)?;
-    let mask = raw.compatibility_mask;
-    let mut named = around.platforms.iter().filter(|(bit, _)| bit & mask != 0);
-    let (Some((_, platform)), None) = (named.next(), named.next()) else {
-        return Err(Problem::NotOnePlatform(mask));
-    };
-    let context = match platform {
-        ImagePlatform::Plain | ImagePlatform::Sev => {
-            native_context(read_padded(around.page(raw.file_offset)?)?)?
-        }
-        ImagePlatform::Snp | ImagePlatform::SevEs => VpContext::Vmsa(around.page(raw.file_offset)?),
-        ImagePlatform::Cca => {
-            let raw: defs::IgvmVpContextAArch64Cca = read_padded(around.page(raw.file_offset)?)?;
-            let x = [raw.x0, raw.x1, raw.x2, raw.x3, raw.x4, raw.x5, raw.x6, raw.x7];
-            VpContext::Cca { x, pc: raw.pc, flags: raw.flags }
-        }
-        ImagePlatform::Vsm => VpContext::Vbs(vbs_registers(raw.file_offset, around)?),
-        ImagePlatform::Tdx => return Err(Problem::NotOnPlatform(*platform)),
-    };
-    Ok(Header::VpContext { mask, gpa, index: raw.vp_index, context })
-}
-
-fn native_context<'a>(raw: defs::IgvmNativeVpContextX64) -> Result<VpContext<'a>, Problem> {
-    reserved(raw.reserved == [0; 2], "a field of the context")?;
-    Ok(VpContext::NativeX64(Box::new(NativeContext {
-        rax: raw.rax,
-        rcx: raw.rcx,
-        rdx: raw.rdx,
-        rbx: raw.rbx,
-        rsp: raw.rsp,
-        rbp: raw.rbp,
-        rsi: raw.rsi,
-        rdi: raw.rdi,
-        r8: raw.r8,
-        r9: raw.r9,
-        r10: raw.r10,
-        r11: raw.r11,
-        r12: raw.r12,
-        r13: raw.r13,
-        r14: raw.r14,
-        r15: raw.r15,
-        rip: raw.rip,
-        rflags: raw.rflags,
-        idtr: DescriptorTable { base: raw.idtr_base, limit: raw.idtr_limit },
-        gdtr: DescriptorTable { base: raw.gdtr_base, limit: raw.gdtr_limit },
-        code: Segment {
-            selector: raw.code_selector,
-            attributes: raw.code_attributes,
-            base: raw.code_base,
-            limit: raw.code_limit,
-        },
-        data: Segment {
-            selector: raw.data_selector,
-            attributes: raw.data_attributes,
-            base: raw.data_base,
-            limit: raw.data_limit,
-        },
-        gs_base: raw.gs_base,
-        cr0: raw.cr0,
-        cr3: raw.cr3,
-        cr4: raw.cr4,
-        efer: raw.efer,
-    })))
-}
-
-/// The registers of a Hyper-V context: a count, then that many entries.
-fn vbs_registers<'a>(offset: u32, around: &Surroundings<'a, '_>) -> Result<&'a [u8], Problem> {
-    const COUNT: u64 = size_of::<defs::VbsVpContextHeader>() as u64;
-    const ENTRY: u64 = size_of::<defs::VbsVpContextRegister>() as u64;
-    let header: defs::VbsVpContextHeader = read(around.data(offset, COUNT)?.bytes)?;
-    if header.register_count == 0 {
-        return Err(Problem::Empty("register_count"));
-    }
-    let length = u64::from(header.register_count).saturating_mul(ENTRY);
-    let all = around.data(offset, length.saturating_add(COUNT))?.bytes;
-    let registers = all.get(size_of::<defs::VbsVpContextHeader>()..).unwrap_or_default();
-    let mut first_vtl = None;
-    for (number, bytes) in (0..).zip(registers.chunks_exact(size_of::<defs::VbsVpContextRegister>())) {
-        let register: defs::VbsVpContextRegister = read(bytes)?;
-        if *first_vtl.get_or_insert(register.vtl) != register.vtl || register.mbz != [0; 11] {
-            return Err(Problem::VbsRegister(number));
-        }
-    }
-    Ok(registers)
-}
-
 fn id_block<'a>(raw: &defs::IGVM_VHS_SNP_ID_BLOCK) -> Result<Header<'a>, Problem> {
     reserved(raw.reserved == [0; 3], "the third field")?;
     let signature = |raw: &defs::IGVM_VHS_SNP_ID_BLOCK_SIGNATURE| Signature { r: raw.r_comp, s: raw.s_comp };
@@ -555,7 +443,7 @@ fn id_block<'a>(raw: &defs::IGVM_VHS_SNP_ID_BLOCK) -> Result<Header<'a>, Problem
 
 impl<'a> Surroundings<'a, '_> {
     /// The file data at `offset`; an offset of 0 means zeroes.
-    fn data(&self, offset: u32, length: u64) -> Result<FileData<'a>, Problem> {
+    pub(super) fn data(&self, offset: u32, length: u64) -> Result<FileData<'a>, Problem> {
         if offset == 0 {
             return Ok(FileData { bytes: &[], offset: None });
         }
@@ -572,30 +460,30 @@ impl<'a> Surroundings<'a, '_> {
     }
 
     /// The page of file data at `offset`, which must be there.
-    fn page(&self, offset: u32) -> Result<&'a [u8; PAGE], Problem> {
+    pub(super) fn page(&self, offset: u32) -> Result<&'a [u8; PAGE], Problem> {
         self.data(offset, SMALL_PAGE)?.bytes.first_chunk().ok_or(Problem::NoData)
     }
 }
 
 /// Reads a structure that is the whole of `content`.
-fn read<T: FromBytes + KnownLayout + Immutable>(content: &[u8]) -> Result<T, Problem> {
+pub(super) fn read<T: FromBytes + KnownLayout + Immutable>(content: &[u8]) -> Result<T, Problem> {
     T::read_from_bytes(content)
         .map_err(|_| Problem::Length { length: content.len(), expected: size_of::<T>() })
 }
 
 /// Reads a structure at the beginning of a page that is zero otherwise.
-fn read_padded<T: FromBytes + KnownLayout + Immutable>(page: &[u8; PAGE]) -> Result<T, Problem> {
+pub(super) fn read_padded<T: FromBytes + KnownLayout + Immutable>(page: &[u8; PAGE]) -> Result<T, Problem> {
     let (value, rest) =
         T::read_from_prefix(page).map_err(|_| Problem::Length { length: PAGE, expected: size_of::<T>() })?;
     reserved(rest.iter().all(|byte| *byte == 0), "the rest of the context's page")?;
     Ok(value)
 }
 
-fn reserved(is_zero: bool, field: &'static str) -> Result<(), Problem> {
+pub(super) fn reserved(is_zero: bool, field: &'static str) -> Result<(), Problem> {
     if is_zero { Ok(()) } else { Err(Problem::Reserved(field)) }
 }
 
-fn aligned(field: &'static str, value: u64, unit: u64) -> Result<(), Problem> {
+pub(super) fn aligned(field: &'static str, value: u64, unit: u64) -> Result<(), Problem> {
     if value.is_multiple_of(unit) { Ok(()) } else { Err(Problem::Unaligned { field, value, unit }) }
 }
 

@@ -13,6 +13,7 @@
 //! content, and needs time and memory in proportion to the file's size. Nothing here knows what
 //! Cofferdam puts into its own images. [`writer`] writes what a walk over an image gives it.
 
+mod context;
 mod error;
 mod header;
 mod pages;
@@ -21,6 +22,7 @@ pub mod reader;
 mod tests;
 pub mod writer;
 
+pub use context::VpContext;
 pub use error::{HeaderError, Problem, ReadError};
 pub(crate) use header::FileBytes;
-pub use header::{FileData, Header, VpContext, header_name};
+pub use header::{FileData, Header, header_name};
