@@ -84,6 +84,8 @@ pub struct ItemReport {
 /// The launch manifest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ManifestReport {
+    /// SHA-256 of the manifest's page, hexadecimal: a domain's `image_hash`.
+    pub image_hash: String,
     /// The kernel.
     pub kernel: FileReport,
     /// `bzimage` or `elf`.
@@ -403,6 +405,7 @@ fn manifest_report(manifest: &Manifest, collector: &Collector<'_>) -> ManifestRe
     };
     let there = |item: &manifest::Item| (!item.is_empty()).then(|| file(item));
     ManifestReport {
+        image_hash: hex(&Method::detect().digest(&manifest.encode())),
         kernel: file(&manifest.kernel.file),
         kernel_format: match manifest.kernel.format {
             KernelFormat::BzImage => "bzimage",
@@ -422,6 +425,8 @@ fn manifest_report(manifest: &Manifest, collector: &Collector<'_>) -> ManifestRe
 
 #[cfg(test)]
 mod tests {
+    use cofferdam_firmware::layout::LAUNCH_MANIFEST;
+
     use super::*;
     use crate::image::compose::{Blob, Options, Source, compose, testing};
     use crate::image::importer::{Parameter, ParameterKind};
@@ -455,10 +460,13 @@ mod tests {
         assert_eq!(names, [("plain", None), ("snp", Some("0x30000")), ("tdx", Some("0x2"))]);
         let pages = &report.measured_pages;
         assert!(pages["snp"] <= 13);
-        assert_eq!((pages["plain"], pages["tdx"]), (pages["snp"] - 3, pages["snp"] - 2));
+        // The VMSA, the secrets and the CPUID page are SNP's, four page directories plain's, a reset page TDX's.
+        assert_eq!((pages["plain"], pages["tdx"]), (pages["snp"] - 3 + 4, pages["snp"] - 3 + 1));
 
         let manifest = report.manifest.unwrap();
         assert_eq!(manifest.command_line_text.as_deref(), Some("console=ttyS0"));
+        let page = report.items.iter().find(|item| item.gpa == Some(LAUNCH_MANIFEST)).unwrap();
+        assert_eq!(Some(manifest.image_hash), page.sha256);
         assert_eq!((manifest.kernel_format, manifest.initrd), ("bzimage", None));
         assert!(manifest.kernel.intact && manifest.command_line.unwrap().intact);
         // What a person does with dd and sha256sum.
@@ -533,7 +541,7 @@ mod tests {
     fn a_broken_manifest_is_a_problem() {
         let mut page = [0; 4096];
         page[..8].copy_from_slice(&manifest::MAGIC);
-        let gpa = cofferdam_firmware::layout::LAUNCH_MANIFEST;
+        let gpa = LAUNCH_MANIFEST;
         let bytes =
             file(&[platform(ImagePlatform::Plain, 1)], &[(1, pages(PageKind::Measured, gpa, 1, &page))]);
         assert_eq!(report(&bytes).problem.as_deref(), Some("launch manifest: version 0, not 1"));
