@@ -46,7 +46,7 @@ mod plan;
 mod pvh;
 mod reset_stub;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod zero_page;

@@ -5,7 +5,7 @@ use std::io::Write;
 use tempfile::NamedTempFile;
 
 /// A file with these bytes.
-pub(super) fn file(bytes: &[u8]) -> NamedTempFile {
+pub(crate) fn file(bytes: &[u8]) -> NamedTempFile {
     let mut file = NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
     file
@@ -13,20 +13,20 @@ pub(super) fn file(bytes: &[u8]) -> NamedTempFile {
 
 /// A program header to be written, and the bytes that it points to.
 #[derive(Clone)]
-pub(super) struct Piece {
-    pub(super) kind: u32,
-    pub(super) address: u64,
-    pub(super) memory_size: u64,
-    pub(super) bytes: Vec<u8>,
+pub(crate) struct Piece {
+    pub(crate) kind: u32,
+    pub(crate) address: u64,
+    pub(crate) memory_size: u64,
+    pub(crate) bytes: Vec<u8>,
 }
 
 impl Piece {
-    pub(super) fn load(address: u64, bytes: &[u8], memory_size: u64) -> Self {
+    pub(crate) fn load(address: u64, bytes: &[u8], memory_size: u64) -> Self {
         Self { kind: 1, address, memory_size, bytes: bytes.to_vec() }
     }
 
     /// A note segment with Xen's PVH entry.
-    pub(super) fn pvh(entry: u64) -> Self {
+    pub(crate) fn pvh(entry: u64) -> Self {
         let mut bytes = Vec::new();
         for word in [4_u32, 8, 18] {
             bytes.extend(word.to_le_bytes());
@@ -38,7 +38,7 @@ impl Piece {
 }
 
 /// An ELF file: header, program headers, then the bytes of each piece.
-pub(super) fn elf(entry: u64, pieces: &[Piece]) -> Vec<u8> {
+pub(crate) fn elf(entry: u64, pieces: &[Piece]) -> Vec<u8> {
     let mut file = b"\x7fELF\x02\x01\x01".to_vec();
     file.resize(16, 0);
     file.extend([2_u16, 62].iter().flat_map(|half| half.to_le_bytes()));
@@ -61,7 +61,7 @@ pub(super) fn elf(entry: u64, pieces: &[Piece]) -> Vec<u8> {
 }
 
 /// A vmlinux of two segments at 16 MiB and 18 MiB, 20 MiB its end, with a PVH note.
-pub(super) fn vmlinux() -> Vec<u8> {
+pub(crate) fn vmlinux() -> Vec<u8> {
     elf(
         0x100_0100,
         &[
@@ -73,17 +73,17 @@ pub(super) fn vmlinux() -> Vec<u8> {
 }
 
 /// Replaces bytes of a file.
-pub(super) fn patch(mut file: Vec<u8>, offset: usize, bytes: &[u8]) -> Vec<u8> {
+pub(crate) fn patch(mut file: Vec<u8>, offset: usize, bytes: &[u8]) -> Vec<u8> {
     file[offset..][..bytes.len()].copy_from_slice(bytes);
     file
 }
 
 /// Bytes of the protected-mode code of [`bz_image`].
-pub(super) const CODE_SIZE: usize = 0x1000;
+pub(crate) const CODE_SIZE: usize = 0x1000;
 
 /// A bzImage: two setup sectors and [`CODE_SIZE`] bytes of 0x33, to be loaded at 16 MiB,
 /// `init_size` 4 MiB, protocol 2.15.
-pub(super) fn bz_image() -> Vec<u8> {
+pub(crate) fn bz_image() -> Vec<u8> {
     let mut file = vec![0; 0x600];
     file.resize(0x600 + CODE_SIZE, 0x33);
     let fields: [(usize, &[u8]); 17] = [
