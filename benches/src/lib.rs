@@ -21,6 +21,7 @@ pub mod api;
 pub mod console;
 pub mod crowd;
 pub mod guests;
+pub mod image;
 pub mod inside;
 pub mod jail;
 pub mod machines;

@@ -33,8 +33,9 @@ const PEAK_MEMORY: Subject =
     Subject { name: "peak memory without guest pages", unit: "MiB", better: Better::Lower, goal: Some(1.0) };
 
 /// Milliseconds of one run.
-struct Times {
-    first_instruction: f64,
+pub struct Times {
+    /// From the start to the guest's first port write.
+    pub first_instruction: f64,
     whole_life: f64,
 }
 
@@ -66,14 +67,20 @@ pub fn run(rounds: usize) -> Result<Vec<Row>> {
 }
 
 /// How the monitor is started.
-struct Monitor {
+pub struct Monitor {
     program: PathBuf,
     config: PathBuf,
     status: PathBuf,
 }
 
 impl Monitor {
-    fn command(&self) -> Command {
+    /// With the configuration in this file.
+    pub fn new(config: PathBuf, status: &Path) -> Self {
+        Self { program: place::monitor(), config, status: status.to_owned() }
+    }
+
+    /// The command, to which more may be added.
+    pub fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         // That a guest powered off is no news here.
         command.args(["--level", "error"]);
@@ -85,11 +92,11 @@ impl Monitor {
 fn monitor(directory: &Path, payload: &str, status: &Path) -> Result<Monitor> {
     let config = directory.join(format!("{payload}.json"));
     fs::write(&config, domain(payload, MEMORY).to_string())?;
-    Ok(Monitor { program: place::monitor(), config, status: status.to_owned() })
+    Ok(Monitor::new(config, status))
 }
 
 /// Runs `command` to its end. `mark` leads to the microsecond of user space in the last line of its status file.
-fn measure(command: &mut Command, status: &Path, mark: &[&str]) -> Result<Times> {
+pub fn measure(command: &mut Command, status: &Path, mark: &[&str]) -> Result<Times> {
     let _ = fs::remove_file(status);
     command.stdin(Stdio::null());
     let start = now();

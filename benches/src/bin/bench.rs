@@ -5,11 +5,12 @@ use std::process::ExitCode;
 use std::{env, fs};
 
 use cofferdam_benches::report::{self, Row};
-use cofferdam_benches::{Result, api, crowd, guests, inside, jail, progress, start_up};
+use cofferdam_benches::{Result, api, crowd, guests, image, inside, jail, progress, start_up};
 use cofferdam_tests::place;
 
 /// Numbers of runs: more make the medians steadier, and `make bench` longer.
 const STARTS: usize = 100;
+const IMAGES: usize = 20;
 const JAILS: usize = 100;
 const CROWDS: usize = 20;
 const BOOTS: usize = 5;
@@ -21,13 +22,14 @@ fn main() -> ExitCode {
     let done = match words.as_slice() {
         [] => all(),
         ["start-up"] => start_up::run(STARTS).map(show),
+        ["image"] => image::run(IMAGES).map(show),
         ["api"] => api_and_jail().map(show),
         ["boot"] => guests::run(BOOTS, 0).map(show),
         ["devices"] => guests::run(0, DEVICES).map(show),
         ["inside", plan] => inside::run(Path::new(plan)),
         // The rig starts this program as its agent.
         ["agent"] => xtask::agent::run().map_err(Into::into),
-        _ => Err("usage: bench [start-up | api | boot | devices]".into()),
+        _ => Err("usage: bench [start-up | image | api | boot | devices]".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -44,6 +46,7 @@ fn show(rows: Vec<Row>) {
 
 fn all() -> Result<()> {
     let mut rows = start_up::run(STARTS)?;
+    rows.extend(image::run(IMAGES)?);
     rows.extend(api_and_jail()?);
     rows.extend(guests::run(BOOTS, DEVICES)?);
     let path = place::root().join("target/bench.json");

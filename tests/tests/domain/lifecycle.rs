@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use cofferdam_api::status::ExitReason;
+use cofferdam_tests::image::Image;
 use cofferdam_tests::run::send;
 use cofferdam_tests::{Finished, Run, place};
 use rustix::process::{Signal, kill_process};
@@ -56,6 +57,36 @@ fn every_kernel_format_and_protocol_boots_with_1_and_2_cpus() {
             check(&done, ExitReason::PowerOff, 0);
             assert!(done.console().contains(&format!("-cloud-amd64, {cpus} CPUs")), "{protocol}: {done}");
         }
+    }
+}
+
+/// By the default way: the first stage verifies a kernel of either format, and enters it.
+#[test]
+fn every_kernel_format_boots_through_an_image_with_1_and_2_cpus() {
+    let guest = Guest::new();
+    let assets = guest.assets();
+    for (kernel, cpus) in [(&assets.guest_kernel, "1"), (&assets.guest_vmlinux, "2")] {
+        let done = guest.run_kernel(kernel, "test=hello").with("cpus", cpus).finish();
+        check(&done, ExitReason::PowerOff, 0);
+        assert!(done.console().contains(&format!("-cloud-amd64, {cpus} CPUs")), "{done}");
+        assert!(done.outcome().identity.image_hash.is_some(), "{done}");
+    }
+}
+
+/// The corners of the matrix, from a file.
+#[test]
+#[ignore = "long: make test-all"]
+fn linux_boots_from_an_image_file_with_1_to_8_cpus_and_128_mib_to_2_gib() {
+    let guest = Guest::new();
+    let line = format!("{} quiet test=hello", cofferdam_api::config::DEFAULT_COMMAND_LINE);
+    let initrd = fs::read(guest.file("initrd")).unwrap();
+    let kernel = fs::read(&guest.assets().guest_kernel).unwrap();
+    let image = guest.file("domain.igvm");
+    Image { initrd: &initrd, command_line: &line, ..Image::of(kernel) }.write(&image);
+    for (cpus, memory) in [("1", "128M"), ("2", "256M"), ("8", "2G")] {
+        let done = Run::image(&image).with("cpus", cpus).with("memory", memory).finish();
+        check(&done, ExitReason::PowerOff, 0);
+        assert!(done.console().contains(&format!("-cloud-amd64, {cpus} CPUs")), "{memory}: {done}");
     }
 }
 

@@ -1,6 +1,5 @@
 use cofferdam_confidential::image::importer::{
-    Content, Importer, Item, NativeContext, PAGE, PageKind, PageRun, Parameter, ParameterArea, ParameterKind,
-    VcpuContext,
+    Content, Importer, Item, PAGE, PageKind, PageRun, Parameter, ParameterArea, ParameterKind, VcpuContext,
 };
 use cofferdam_firmware::layout::{LOAD_WINDOW, MIB, PARAMETER_PAGE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -140,7 +139,7 @@ fn parameters_that_are_not_offered_or_do_not_fit_are_named() {
 
 #[test]
 fn the_first_vcpu_has_registers_once() {
-    let context = || VcpuContext::NativeX64(Box::new(NativeContext::default()));
+    let context = || VcpuContext::NativeX64(Box::default());
     let vcpu = |index| Item::Vcpu { index, context: context() };
     assert!(import(&[vcpu(0)], &[]).1.is_ok());
     assert!(refusal(vcpu(1)).contains("vCPU 1"));
