@@ -4,7 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use cofferdam_tests::place;
+use cofferdam_api::config::DEFAULT_COMMAND_LINE;
+use cofferdam_api::status::ExitReason;
+use cofferdam_tests::{Run, place};
 use serde_json::Value;
 
 use crate::guest::Guest;
@@ -20,12 +22,18 @@ fn image(words: &[&str], folder: &Path) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// A guest whose initial RAM disk has 20 MiB.
+fn large_guest() -> Guest {
+    let guest = Guest::new();
+    // The kernel reads over zeroes behind an initial RAM disk.
+    fs::OpenOptions::new().write(true).open(guest.file("initrd")).unwrap().set_len(INITRD).unwrap();
+    guest
+}
+
 #[test]
 fn an_image_is_the_same_wherever_it_is_built_and_little_of_it_is_measured() {
-    let guest = Guest::new();
+    let guest = large_guest();
     let initrd = guest.file("initrd");
-    // The kernel reads over zeroes behind an initial RAM disk.
-    fs::OpenOptions::new().write(true).open(&initrd).unwrap().set_len(INITRD).unwrap();
     let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let build = |kernel: &Path, initrd: &Path, folder: &Path| {
         let (kernel, initrd) = (kernel.to_str().unwrap(), initrd.to_str().unwrap());
@@ -45,4 +53,24 @@ fn an_image_is_the_same_wherever_it_is_built_and_little_of_it_is_measured() {
     assert_eq!(report["manifest"]["kernel"]["intact"], true);
     // It can run in a domain of 128 MiB.
     assert!(report["manifest"]["min_memory"].as_u64().unwrap() <= 128 << 20, "{report}");
+}
+
+#[test]
+fn one_file_boots_with_1_to_8_cpus_and_128_mib_to_2_gib() {
+    let guest = large_guest();
+    let kernel = guest.assets().guest_kernel.to_str().unwrap().to_owned();
+    let initrd = guest.file("initrd");
+    let folder = initrd.parent().unwrap();
+    let line = format!("{DEFAULT_COMMAND_LINE} quiet test=hello");
+    let words = ["build", "--kernel", &kernel, "--initrd", "initrd", "--cmdline", &line, "-o", "domain.igvm"];
+    image(&words, folder);
+    let mut hashes = Vec::new();
+    for (cpus, memory) in [("1", "128M"), ("2", "512M"), ("8", "2G")] {
+        let done = Run::image(folder.join("domain.igvm")).with("cpus", cpus).with("memory", memory).finish();
+        assert_eq!(done.outcome().exit_reason, ExitReason::PowerOff, "{done}");
+        assert!(done.console().contains(&format!("-cloud-amd64, {cpus} CPUs")), "{done}");
+        hashes.push(done.outcome().identity.image_hash.unwrap());
+    }
+    let report: Value = serde_json::from_str(&image(&["inspect", "domain.igvm", "--json"], folder)).unwrap();
+    assert!(hashes.iter().all(|hash| report["manifest"]["image_hash"] == **hash), "{hashes:?}");
 }
