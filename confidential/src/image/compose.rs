@@ -372,9 +372,9 @@ fn check_snp_policy(value: u64) -> Result<(), ComposeError> {
 
 fn check_tdx_policy(value: u64) -> Result<(), ComposeError> {
     match value {
-        0..=7 => Ok(()),
+        0..=3 => Ok(()),
         _ => {
-            let what = "a bit above 2 is 1";
+            let what = "a bit above 1, which KVM cannot keep, is 1";
             Err(ComposeError::Policy { platform: ImagePlatform::Tdx, what, value })
         }
     }
