@@ -19,9 +19,9 @@ use core::ops::Range;
 use crate::boot::Kernel;
 use crate::layout::{
     ACPI_TABLES, ACPI_TABLES_SIZE, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, HIGH_MEMORY, HOST_DATA_NODE,
-    LAUNCH_MANIFEST, PAGE_SIZE, PARAMETER_PAGE, RESET_STUB,
+    PARAMETER_PAGE, RESET_STUB,
 };
-use crate::manifest::{Item, KernelFormat, Manifest};
+use crate::manifest::{self, Item, KernelFormat, Manifest};
 use crate::parameters::{Parameters, ParametersError};
 use crate::reason::Reason;
 use crate::sha256::Method;
@@ -35,8 +35,8 @@ pub trait Platform {
     /// Makes the RAM of a domain with `memory` bytes private, but for the pages of the image, which are.
     fn accept_memory(&mut self, memory: u64);
 
-    /// The page at the guest-physical address `address`, which the image brought.
-    fn image_page(&self, address: u64) -> &[u8; PAGE_SIZE as usize];
+    /// The launch manifest, which the image brought.
+    fn launch_manifest(&self) -> &[u8; manifest::SIZE];
 
     /// `length` bytes of private memory at the guest-physical address `address`; none if they are not all RAM below
     /// 3 GiB, or are the first stage's own.
@@ -71,7 +71,7 @@ pub fn refuse(platform: &mut impl Platform, reason: Reason) -> ! {
 /// # Errors
 /// Why the kernel must not run.
 pub fn prepare(platform: &mut impl Platform) -> Result<u64, Reason> {
-    let manifest = Manifest::decode(platform.image_page(LAUNCH_MANIFEST)).map_err(|_| Reason::Manifest)?;
+    let manifest = Manifest::decode(platform.launch_manifest()).map_err(|_| Reason::Manifest)?;
     let parameters = read_parameters(platform, &manifest)?;
     let memory = parameters.memory;
     platform.accept_memory(memory);

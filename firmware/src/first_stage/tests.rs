@@ -48,8 +48,7 @@ impl Platform for Model {
     fn accept_memory(&mut self, memory: u64) {
         assert_eq!(memory, RAM);
     }
-    fn image_page(&self, address: u64) -> &[u8; 4096] {
-        assert_eq!(address, LAUNCH_MANIFEST);
+    fn launch_manifest(&self) -> &[u8; manifest::SIZE] {
         &self.manifest
     }
     fn memory(&mut self, address: u64, length: u64) -> &mut [u8] {

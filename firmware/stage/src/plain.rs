@@ -10,6 +10,7 @@ use cofferdam_firmware::first_stage::Platform;
 use cofferdam_firmware::layout::{
     COMMAND_LINE, GAP_START, LAUNCH_MANIFEST, PAGE_SIZE, REFUSAL_PORT, SERIAL_PORT, STAGE,
 };
+use cofferdam_firmware::manifest;
 use cofferdam_firmware::reason::Reason;
 
 /// Memory that holds nothing of the first stage or of its image. Address 0 is left out, as no slice may be there.
@@ -30,10 +31,9 @@ fn is_free(address: u64, length: u64) -> bool {
 impl Platform for Plain {
     fn accept_memory(&mut self, _memory: u64) {}
 
-    fn image_page(&self, address: u64) -> &[u8; PAGE_SIZE as usize] {
-        let address = if address == LAUNCH_MANIFEST { address } else { STAGE };
+    fn launch_manifest(&self) -> &[u8; manifest::SIZE] {
         // SAFETY: a page of the image, which nothing writes: it is not in `FREE`.
-        unsafe { &*(address as *const [u8; PAGE_SIZE as usize]) }
+        unsafe { &*(LAUNCH_MANIFEST as *const [u8; manifest::SIZE]) }
     }
 
     fn memory(&mut self, address: u64, length: u64) -> &mut [u8] {

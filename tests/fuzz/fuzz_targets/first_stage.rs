@@ -12,8 +12,7 @@ use arbitrary::Arbitrary;
 use cofferdam_firmware::boot;
 use cofferdam_firmware::first_stage::{Platform, prepare};
 use cofferdam_firmware::layout::{
-    COMMAND_LINE, GAP_START, LAUNCH_MANIFEST, LOAD_WINDOW, LOAD_WINDOW_SIZE, MIB, PAGE_SIZE, PARAMETER_PAGE,
-    STAGE,
+    COMMAND_LINE, GAP_START, LOAD_WINDOW, LOAD_WINDOW_SIZE, MIB, PARAMETER_PAGE, STAGE,
 };
 use cofferdam_firmware::manifest::{self, Item, Kernel, KernelFormat, Manifest};
 use cofferdam_firmware::parameters::{self, Parameters};
@@ -80,8 +79,7 @@ impl Platform for Model<'_> {
         assert_eq!(memory, self.memory);
     }
 
-    fn image_page(&self, address: u64) -> &[u8; PAGE_SIZE as usize] {
-        assert_eq!(address, LAUNCH_MANIFEST);
+    fn launch_manifest(&self) -> &[u8; manifest::SIZE] {
         &self.manifest
     }
 

@@ -41,10 +41,8 @@ mod entry;
 mod error;
 pub(crate) mod file;
 mod kernel;
-mod memory_map;
 mod plan;
 mod pvh;
-mod reset_stub;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]

@@ -3,13 +3,13 @@
 use std::ops::Range;
 
 use cofferdam_firmware::layout::{self, PAGE_SIZE};
+use cofferdam_firmware::reset_stub;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::entry::{Entry, page_tables};
 use super::error::BootError;
 use super::file::ImageFile;
 use super::kernel::EntryPoint;
-use super::reset_stub::reset_stub;
 use super::{BootFiles, pvh, zero_page};
 
 /// Files that fit into the memory, each with its place.
@@ -63,7 +63,7 @@ impl BootPlan {
         let mut line = self.files.command_line.as_bytes().to_vec();
         line.push(0);
         write(memory, "command line", layout::COMMAND_LINE, &line)?;
-        write(memory, "reset stub", layout::RESET_STUB, &reset_stub())?;
+        write(memory, "reset stub", layout::RESET_STUB, &reset_stub::CODE)?;
         let entry = match &self.files.image.entry {
             EntryPoint::Pvh { address } => {
                 let info = pvh::start_info(self.memory, self.initrd_memory());

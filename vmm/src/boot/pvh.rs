@@ -4,13 +4,12 @@
 
 use std::ops::Range;
 
+use cofferdam_firmware::e820;
 use cofferdam_firmware::layout::{self, PVH_START_INFO};
 use linux_loader::start_info::{
     XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
 use vm_memory::ByteValued;
-
-use super::memory_map::memory_map;
 
 /// The first version with a memory map.
 const VERSION: u32 = 1;
@@ -27,7 +26,7 @@ const _: () = {
 /// The bytes for [`PVH_START_INFO`], for a domain with `memory` bytes of RAM and the
 /// initrd at `initrd`.
 pub(super) fn start_info(memory: u64, initrd: Option<Range<u64>>) -> Vec<u8> {
-    let map = memory_map(memory);
+    let map: Vec<_> = e820::map(memory).collect();
     let info = hvm_start_info {
         magic: XEN_HVM_START_MAGIC_VALUE,
         version: VERSION,

@@ -3,10 +3,8 @@
 
 use std::ops::Range;
 
-use cofferdam_firmware::layout;
+use cofferdam_firmware::{e820, layout};
 use linux_loader::bootparam::{LOADED_HIGH, boot_e820_entry, boot_params};
-
-use super::memory_map::memory_map;
 
 /// `boot_flag`.
 pub(super) const BOOT_FLAG: u16 = 0xaa55;
@@ -43,7 +41,7 @@ pub(super) fn complete(template: &boot_params, memory: u64, initrd: Option<Range
     params.hdr.ramdisk_size = initrd.end.saturating_sub(initrd.start) as u32;
     params.acpi_rsdp_addr = layout::ACPI_TABLES;
 
-    let map = memory_map(memory);
+    let map: Vec<_> = e820::map(memory).collect();
     params.e820_entries = map.len() as u8;
     let mut table = params.e820_table;
     for (slot, entry) in table.iter_mut().zip(map) {
