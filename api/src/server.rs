@@ -18,8 +18,8 @@ use std::convert::Infallible;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -117,13 +117,15 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves the clients of `listener`, with bodies of up to `max_payload` bytes, and counts in `metrics`.
-    pub fn start(
+    /// Serves the clients of `listener`, with bodies of up to `max_payload` bytes, and counts in `metrics`. The thread
+    /// first does `confine`, whose error is the inner one; there is no server then.
+    pub fn start<E: Send + 'static>(
         listener: UnixListener,
         max_payload: usize,
         metrics: Arc<ApiMetrics>,
         deliver: Deliver,
-    ) -> io::Result<Self> {
+        confine: impl FnOnce() -> Result<(), E> + Send + 'static,
+    ) -> io::Result<Result<Self, E>> {
         listener.set_nonblocking(true)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let listener = {
@@ -131,10 +133,17 @@ impl Server {
             tokio::net::UnixListener::from_std(listener)?
         };
         let (stop, stopped) = watch::channel(false);
+        let (tell, confined) = mpsc::sync_channel(1);
         let thread = thread::Builder::new().name("api".to_owned()).spawn(move || {
-            runtime.block_on(serve(listener, Service { max_payload, metrics, deliver }, stopped))
+            let result = confine();
+            let go_on = result.is_ok();
+            let _ = tell.send(result);
+            if go_on {
+                runtime.block_on(serve(listener, Service { max_payload, metrics, deliver }, stopped));
+            }
         })?;
-        Ok(Self { stop, thread: Some(thread) })
+        let server = Self { stop, thread: Some(thread) };
+        Ok(confined.recv().map_err(io::Error::other)?.map(|()| server))
     }
 }
 

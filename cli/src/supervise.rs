@@ -29,6 +29,8 @@ use crate::status::StatusReader;
 pub const GRACE: Duration = Duration::from_secs(30);
 /// Time from the start of the domain until the run directory is swept: not when what is waited for is the guest.
 const SWEEP: Duration = Duration::from_secs(1);
+/// Exit status of a monitor that made a system call that its seccomp policy forbids.
+const FORBIDDEN_CALL: i32 = 148;
 /// Time between two requests to stop at once.
 const REPEAT: Duration = Duration::from_millis(200);
 
@@ -331,6 +333,10 @@ impl Progress {
                     )
                 }
                 (Some(signal), _) => format!("the monitor was killed by signal {signal}"),
+                (None, Some(FORBIDDEN_CALL)) => {
+                    "the monitor made a system call that its seccomp policy forbids; its messages name it"
+                        .to_owned()
+                }
                 (None, code) => format!(
                     "the monitor exited with status {} without saying how the domain ended",
                     code.unwrap_or_default()

@@ -12,7 +12,8 @@ const VERSION: &str = concat!("v", env!("CARGO_PKG_VERSION"));
 
 const EXIT_STATUS: &str = "\
 Exit status: 0 or the guest's own code after a power-off; 121 reboot or panic; 122 triple fault or vCPU error;
-123 launch refused; 124 monitor error; 125 bad configuration or host; 143 stopped by a signal.
+123 launch refused; 124 monitor error; 125 bad configuration or host; 143 stopped by a signal;
+148 a thread made a system call that its seccomp policy forbids.
 
 SIGTERM, SIGINT and SIGHUP press the domain's power button; a second one stops it hard.";
 
@@ -38,6 +39,12 @@ pub struct Arguments {
     /// Accepted for Firecracker's sake: the phases of the boot are always timed
     #[arg(long)]
     pub boot_timer: bool,
+    /// Let every thread make any system call
+    #[arg(long, conflicts_with = "seccomp_filter")]
+    pub no_seccomp: bool,
+    /// Seccomp policies in place of the built-in ones, JSON with vmm, vcpu and api: a path, or fd:N
+    #[arg(long, value_name = "FILE")]
+    pub seccomp_filter: Option<Source>,
     /// Where to write what becomes of the domain, one JSON object per line: a path, or fd:N. When it is a
     /// pipe and its reader goes away, the domain's power button is pressed as for a signal
     #[arg(long, value_name = "FILE")]

@@ -33,6 +33,7 @@ use crate::image::LoadWindow;
 use crate::memory;
 use crate::metrics::{DeviceMetrics, FlushTimer, Metrics, PERIOD};
 use crate::phases::PhaseClock;
+use crate::seccomp::{Policies, Thread};
 use crate::signals::StopSignals;
 use crate::start::{Boot, Resources, StartError, memory_size, raise_descriptor_limit};
 use crate::status::StatusFile;
@@ -104,6 +105,7 @@ impl Domain {
         status: &mut StatusFile,
         remote: Option<Remote>,
         metrics: &Arc<Metrics>,
+        policies: &Arc<Policies>,
     ) -> Result<Outcome, StartError> {
         let Self { control, clock, launched, mut window, board, devices, .. } = self;
         let platform = launched.platform();
@@ -118,6 +120,7 @@ impl Domain {
             control: control.clone(),
             gate: Gate::default(),
             metrics: devices.vcpus.clone(),
+            policies: policies.clone(),
         };
         let vcpus = Vcpus::start(launched.vcpus, Arc::new(shared)).map_err(internal("vCPU threads"))?;
         let client = status.try_clone().map_err(internal("--status-file"))?;
@@ -130,6 +133,8 @@ impl Domain {
             let timer = FlushTimer::new(metrics.clone(), PERIOD).map_err(internal("timer of the metrics"))?;
             events.add_subscriber(Arc::new(Mutex::new(timer)));
         }
+        // All threads are started and everything is open: what follows is all that the policy has to allow.
+        policies.install(Thread::Vmm)?;
 
         match status.write(&Event::Running { platform, protected }) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {

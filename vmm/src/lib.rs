@@ -11,6 +11,7 @@
 //! | [`control`], [`supervisor`] | what is known and wanted of a running domain; its lifecycle |
 //! | [`api`] | what clients of the REST API may do, before the start and after it |
 //! | [`observer`], [`logger`], [`metrics`], [`lines`] | what is said, counted and timed, and the files that it goes to |
+//! | [`seccomp`] | what the kernel lets each thread ask of it |
 //! | [`arguments`], [`phases`], [`status`], [`signals`], [`descriptor`] | the world around the monitor |
 
 // Nothing that a guest, a file or a client chooses may panic the monitor. (`unwrap` and its like are the workspace's.)
@@ -43,6 +44,7 @@ pub mod memory;
 pub mod metrics;
 pub mod observer;
 pub mod phases;
+pub mod seccomp;
 pub mod signals;
 pub mod start;
 pub mod status;

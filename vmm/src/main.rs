@@ -30,6 +30,7 @@ use cofferdam_vmm::logger::Logger;
 use cofferdam_vmm::metrics::Metrics;
 use cofferdam_vmm::observer::Observer;
 use cofferdam_vmm::phases::PhaseClock;
+use cofferdam_vmm::seccomp::{Policies, violation};
 use cofferdam_vmm::signals::StopSignals;
 use cofferdam_vmm::start::StartError;
 use cofferdam_vmm::status::StatusFile;
@@ -114,6 +115,7 @@ fn start(
     api: &mut Option<Api>,
 ) -> Result<Outcome, StartError> {
     let metrics = &observer.metrics;
+    let policies = Arc::new(policies(arguments)?);
     let socket = api_socket(arguments)?;
     let config = arguments.config_file.as_ref().map(read_config).transpose()?;
     check_id("--id", &arguments.id)?;
@@ -121,7 +123,8 @@ fn start(
     let mut inbox = None;
     if let Some(socket) = socket {
         let max_payload = arguments.http_api_max_payload_size;
-        let (server, requests) = Api::start(socket, &arguments.id, max_payload, metrics.api.clone())?;
+        let (server, requests) =
+            Api::start(socket, &arguments.id, max_payload, metrics.api.clone(), &policies)?;
         *api = Some(server);
         inbox = Some(requests);
         clock.reached("api");
@@ -132,7 +135,8 @@ fn start(
             config.validate()?;
             observer.configure(&config)?;
             let domain = Domain::launch(&config, clock)?;
-            domain.run(signals, status, inbox.map(|inbox| Remote { inbox, config, reply: None }), metrics)
+            let remote = inbox.map(|inbox| Remote { inbox, config, reply: None });
+            domain.run(signals, status, remote, metrics, &policies)
         }
         (None, Some(inbox)) => {
             let client = status
@@ -140,7 +144,8 @@ fn start(
                 .map_err(|error| StartError::Internal("--status-file", error.to_string()))?;
             let pre_boot = PreBoot::new(&arguments.id, clock.clone(), observer.clone());
             let Started { domain, config, reply } = pre_boot.serve(&inbox, &signals, client.as_ref())?;
-            domain.run(signals, status, Some(Remote { inbox, config, reply: Some(reply) }), metrics)
+            let remote = Remote { inbox, config, reply: Some(reply) };
+            domain.run(signals, status, Some(remote), metrics, &policies)
         }
         (None, None) => Err(StartError::NothingToStart),
     }
@@ -157,6 +162,18 @@ fn api_socket(arguments: &Arguments) -> Result<Option<Socket>, StartError> {
         Some(fd) => Ok(Some(Socket::inherited("LISTEN_FDS", fd)?)),
         None => Ok(None),
     }
+}
+
+/// What the threads may ask of the kernel, and a handler for when they ask for more.
+fn policies(arguments: &Arguments) -> Result<Policies, StartError> {
+    if arguments.no_seccomp {
+        return Ok(Policies::none());
+    }
+    violation::install()?;
+    Ok(match &arguments.seccomp_filter {
+        Some(file) => Policies::from_file(file)?,
+        None => Policies::built_in(),
+    })
 }
 
 fn read_config(source: &Source) -> Result<DomainConfig, StartError> {

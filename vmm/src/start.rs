@@ -42,6 +42,7 @@ use crate::image::{Image, ImageError};
 use crate::memory::MemoryError;
 use crate::metrics::DeviceMetrics;
 use crate::observer::ObserveError;
+use crate::seccomp::SeccompError;
 
 /// Where KVM is.
 const KVM_DEVICE: &str = "/dev/kvm";
@@ -83,6 +84,9 @@ pub enum StartError {
     /// Log or metrics cannot go where they are to.
     #[error(transparent)]
     Observe(#[from] ObserveError),
+    /// There are no seccomp policies, or one is not in force.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
     /// The configuration is wrong in itself.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -200,11 +204,20 @@ impl StartError {
             | Self::Vsock(_)
             | Self::Console { .. }
             | Self::Memory(_) => ExitReason::Config,
+            Self::Seccomp(
+                SeccompError::Read { .. }
+                | SeccompError::Compile { .. }
+                | SeccompError::Missing { .. }
+                | SeccompError::Unknown { .. },
+            ) => ExitReason::Config,
             Self::Launch(_) => ExitReason::LaunchRefused,
             Self::Stopped(_) => ExitReason::Stopped,
-            Self::Signals(_) | Self::Vm(_) | Self::Vcpu(_) | Self::Board(_) | Self::Internal(..) => {
-                ExitReason::MonitorError
-            }
+            Self::Signals(_)
+            | Self::Seccomp(_)
+            | Self::Vm(_)
+            | Self::Vcpu(_)
+            | Self::Board(_)
+            | Self::Internal(..) => ExitReason::MonitorError,
         }
     }
 }

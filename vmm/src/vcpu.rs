@@ -14,6 +14,7 @@ use crate::control::Control;
 use crate::exit;
 use crate::gate::Gate;
 use crate::kick::{self, Kickable};
+use crate::seccomp::{Policies, Thread};
 
 group! {
     /// Of the vCPUs.
@@ -51,6 +52,8 @@ pub struct Shared {
     pub gate: Gate,
     /// What each vCPU counts in, by its number.
     pub metrics: Vec<Arc<VcpuMetrics>>,
+    /// What vCPU threads may ask of the kernel.
+    pub policies: Arc<Policies>,
 }
 
 /// The vCPU threads of a domain. Dropping it ends them.
@@ -112,6 +115,10 @@ impl Drop for Vcpus {
 
 fn run(index: usize, mut vcpu: Kickable, shared: &Shared) {
     let metrics = shared.metrics.get(index).cloned().unwrap_or_default();
+    if let Err(error) = shared.policies.install(Thread::Vcpu(index)) {
+        shared.control.stop(ExitReason::MonitorError, error.to_string());
+        return;
+    }
     while shared.gate.pass() {
         match run_once(vcpu.vcpu(), shared, &metrics) {
             Ok(()) => shared.control.guest_acted(),

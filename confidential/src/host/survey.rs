@@ -8,6 +8,8 @@ use std::path::Path;
 use kvm_bindings as kvm;
 use serde::Serialize;
 
+mod io_uring;
+
 use super::{CAPABILITIES, HostError, HostFiles, KvmInterface, open};
 
 /// One thing that a host can do or not.
@@ -66,15 +68,14 @@ impl Survey {
     pub fn of_this_host() -> Self {
         let files = HostFiles::default();
         let path = files.path("dev/kvm");
-        let io_uring = io_uring::IoUring::new(2).map(drop);
         match open(&files, &path) {
-            Ok(kvm) => Self::new(&files, Ok(&kvm), io_uring),
-            Err(error) => Self::new(&files, Err(error), io_uring),
+            Ok(kvm) => Self::new(&files, Ok(&kvm), io_uring::ask()),
+            Err(error) => Self::new(&files, Err(error), io_uring::ask()),
         }
     }
 
     /// Looks at the host whose files are `files`, whose KVM opened as `kvm` and
-    /// on which a first io_uring ended as `io_uring`.
+    /// that said `io_uring` when it was asked for one.
     pub fn new(
         files: &HostFiles,
         kvm: Result<&dyn KvmInterface, HostError>,

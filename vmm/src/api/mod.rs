@@ -29,6 +29,8 @@ pub use run_time::RunTime;
 
 use crate::activation::ActivationError;
 use crate::descriptor::{DescriptorError, take_listener};
+use crate::seccomp::{Policies, Thread};
+use crate::start::StartError;
 
 /// Why there is no API.
 #[derive(Debug, Error)]
@@ -97,7 +99,8 @@ impl Api {
         id: &str,
         max_payload: usize,
         metrics: Arc<ApiMetrics>,
-    ) -> Result<(Self, Inbox), ApiError> {
+        policies: &Arc<Policies>,
+    ) -> Result<(Self, Inbox), StartError> {
         let (sender, envelopes) = mpsc::channel();
         let ready = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map_err(|error| ApiError::Server(error.into()))?;
@@ -111,8 +114,10 @@ impl Api {
             // It fails only when the counter is full, and then the main thread is awake.
             let _ = rustix::io::write(&bell, &1_u64.to_ne_bytes());
         };
-        let server = Server::start(socket.listener, max_payload, metrics, Arc::new(deliver))
-            .map_err(ApiError::Server)?;
+        let policies = policies.clone();
+        let confine = move || policies.install(Thread::Api);
+        let server = Server::start(socket.listener, max_payload, metrics, Arc::new(deliver), confine)
+            .map_err(ApiError::Server)??;
         let inbox = Inbox { id: id.to_owned(), envelopes, ready, waiters: waiters.clone() };
         Ok((Self { id: id.to_owned(), waiters, _server: server, _file: socket.file }, inbox))
     }

@@ -160,6 +160,7 @@ fn run_time() -> RunTime {
         control: control.clone(),
         gate: Gate::default(),
         metrics: Vec::new(),
+        policies: Arc::new(Policies::none()),
     };
     let vcpus = Vcpus::start(Vec::new(), Arc::new(shared)).unwrap();
     let button = Arc::new(PowerButton::new(Arc::new(Line)));

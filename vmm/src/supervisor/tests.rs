@@ -13,6 +13,7 @@ use rustix::pipe::pipe;
 use crate::board::{Buses, EventLoop};
 use crate::gate::Gate;
 use crate::phases::PhaseClock;
+use crate::seccomp::Policies;
 use crate::signals::tests::raise;
 use crate::vcpu::Shared;
 
@@ -49,6 +50,7 @@ impl Domain {
             control: control.clone(),
             gate: Gate::default(),
             metrics: Vec::new(),
+            policies: Arc::new(Policies::none()),
         });
         let vcpus = Vcpus::start(Vec::new(), shared.clone()).unwrap();
         let power_button = Arc::new(PowerButton::new(Arc::new(Line)));

@@ -56,7 +56,13 @@ impl Guest {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let (vcpus, memory) = vm(code, count);
         let control = Arc::new(Control::new(Arc::new(PhaseClock::new(None))).unwrap());
-        let shared = Shared { buses, control: control.clone(), gate: Gate::default(), metrics: Vec::new() };
+        let shared = Shared {
+            buses,
+            control: control.clone(),
+            gate: Gate::default(),
+            metrics: Vec::new(),
+            policies: Arc::new(Policies::none()),
+        };
         let vcpus = Vcpus::start(vcpus, Arc::new(shared)).unwrap();
         Self { vcpus, control, memory, _alone: alone }
     }

@@ -6,6 +6,9 @@
 //! has got another file meanwhile. An operation has one entry in the ring at a time
 //! and there are as many slots as entries, so the rings have room for all of them.
 //!
+//! A ring does only what this engine asks for: the kernel refuses every other operation, as system calls that
+//! are made through a ring pass by the thread's seccomp policy.
+//!
 //! If the kernel takes no more entries, an operation is run at once, by the
 //! synchronous engine: slower, but neither lost nor stuck.
 #![allow(unsafe_code)] // entries name memory by address; that it stays there is proven here
@@ -15,6 +18,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use io_uring::register::Restriction;
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use rustix::event::{EventfdFlags, eventfd};
@@ -32,6 +36,10 @@ pub(super) type Finished = (Operation, Result<(), Errno>);
 const WAIT: Duration = Duration::from_secs(1);
 /// Pause before the next wait where the kernel refused to wait.
 const PAUSE: Duration = Duration::from_millis(1);
+
+/// What a ring is for.
+const OPERATIONS: [u8; 4] =
+    [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
 
 /// A ring and the operations in it.
 pub(super) struct Uring {
@@ -55,17 +63,18 @@ impl Uring {
     /// A ring for `depth` operations. An error if this kernel, or a policy of the host, does not
     /// allow everything that the engine needs.
     pub(super) fn new(depth: u16) -> io::Result<Self> {
-        let mut ring = IoUring::new(u32::from(depth))?;
+        let mut ring = IoUring::builder().setup_r_disabled().build(u32::from(depth))?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        let needed =
-            [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
-        if !ring.params().is_feature_ext_arg() || !needed.iter().all(|&code| probe.is_supported(code)) {
+        if !ring.params().is_feature_ext_arg() || !OPERATIONS.iter().all(|&code| probe.is_supported(code)) {
             return Err(Errno::NOSYS.into());
         }
-        try_out(&mut ring)?;
         let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
+        restrict(&ring)?;
+        try_out(&mut ring)?;
+        // Of the trial.
+        rustix::io::read(&event, &mut [0; 8])?;
         let depth = usize::from(depth);
         let slots = (0..depth).map(|_| None).collect();
         Ok(Self { ring, event, slots, free: (0..depth).rev().collect(), dead: false })
@@ -212,6 +221,14 @@ impl Drop for Uring {
     }
 }
 
+/// Enables the ring for [`OPERATIONS`] and the one of [`try_out`], for good. (The flags of an entry, and registering,
+/// are forbidden by that alone.)
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    let allowed = OPERATIONS.into_iter().chain([opcode::Nop::CODE]).map(Restriction::sqe_op);
+    ring.submitter().register_restrictions(&mut allowed.collect::<Vec<_>>())?;
+    ring.submitter().register_enable_rings()
+}
+
 /// Lets the kernel work on an entry that does nothing: a policy may allow rings but not their use.
 fn try_out(ring: &mut IoUring) -> io::Result<()> {
     let entry = opcode::Nop::new().build();
@@ -320,6 +337,25 @@ mod tests {
         open().expect("it is not any more");
         let content = std::fs::read(image.path()).unwrap();
         assert_eq!(content, [[1; 512], [0; 512], [1; 512], [1; 512]].concat());
+    }
+
+    #[test]
+    fn a_ring_does_nothing_else() {
+        let (mut uring, file) = (Uring::new(4).unwrap(), file());
+        let fd = Fd(file.file.as_raw_fd());
+        let mut byte = [0];
+        for entry in [
+            opcode::Close::new(fd).build(),
+            opcode::Read::new(fd, byte.as_mut_ptr(), 1).build(),
+            opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(),
+            opcode::Nop::new().build().flags(squeue::Flags::ASYNC),
+        ] {
+            // SAFETY: the byte and the file are there until the completion.
+            unsafe { uring.ring.submission().push(&entry) }.unwrap();
+            uring.ring.submit_and_wait(1).unwrap();
+            assert_eq!(uring.next_completion().unwrap().result(), -libc::EACCES);
+        }
+        assert!(uring.ring.submitter().register_files(&[fd.0]).is_err());
     }
 
     #[test]
