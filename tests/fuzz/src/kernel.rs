@@ -68,7 +68,10 @@ mod tests {
         for (kernel, protocol) in [(vmlinux(), Protocol::Pvh), (bz_image(), Protocol::Linux64)] {
             let mut file = tempfile::NamedTempFile::new().unwrap();
             file.write_all(&kernel).unwrap();
-            BootFiles::open(file.path(), None::<&std::path::Path>, "", protocol).unwrap().plan(32 << 20).unwrap();
+            BootFiles::open(file.path(), None::<&std::path::Path>, "", protocol)
+                .unwrap()
+                .plan(32 << 20)
+                .unwrap();
         }
     }
 }
