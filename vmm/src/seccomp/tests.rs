@@ -1,5 +1,11 @@
 use super::*;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
+
+use syscalls::Sysno;
+
+#[path = "../../build/search.rs"]
+mod search;
 
 /// A policy that allows reading.
 const READ: &str = r#"{"mismatch_action": "trap", "match_action": "allow", "filter": [{"syscall": "read"}]}"#;
@@ -73,4 +79,95 @@ fn without_policies_nothing_is_filtered() {
     }
     let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
     assert!(status.contains("Seccomp:\t0"), "{status}");
+}
+
+/// What a program of seccomp answers to a call (Linux `Documentation/networking/filter.rst`).
+fn answer(program: &[sock_filter], architecture: u32, number: u32, arguments: [u64; 6]) -> u32 {
+    let mut data = [number, architecture].map(u32::to_ne_bytes).concat();
+    data.resize(16, 0);
+    data.extend(arguments.into_iter().flat_map(u64::to_ne_bytes));
+    let (mut accumulator, mut at) = (0_u32, 0);
+    loop {
+        let sock_filter { code, jt, jf, k } = program[at];
+        at += 1;
+        let jump = |taken: bool| usize::from(if taken { jt } else { jf });
+        match code {
+            0x20 => {
+                accumulator = u32::from_ne_bytes(*data[k as usize..].first_chunk().unwrap());
+            }
+            0x54 => accumulator &= k,
+            0x05 => at += k as usize,
+            0x15 => at += jump(accumulator == k),
+            0x25 => at += jump(accumulator > k),
+            0x35 => at += jump(accumulator >= k),
+            0x06 => return k,
+            _ => panic!("instruction {code:#x}"),
+        }
+    }
+}
+
+/// Whether both answer alike, whatever the call.
+fn alike(program: &[sock_filter], plain: &[sock_filter]) {
+    const NATIVE: u32 = 0xc000_003e;
+    let constants = plain.iter().map(|instruction| instruction.k).collect::<BTreeSet<_>>();
+    let alike = |architecture, number, arguments| {
+        assert_eq!(
+            answer(program, architecture, number, arguments),
+            answer(plain, architecture, number, arguments),
+            "architecture {architecture:#x}, system call {number:#x}, arguments {arguments:x?}"
+        );
+    };
+    let near = constants.iter().flat_map(|&k| [k.wrapping_sub(1), k, k.wrapping_add(1)]);
+    // Those of x32 have a bit of their own.
+    for number in (0..1024).chain(near.clone().flat_map(|k| [k, k | 0x4000_0000, !k])) {
+        for architecture in [0, 0x4000_0003, NATIVE ^ 1] {
+            alike(architecture, number, [0; 6]);
+        }
+        for &k in &constants {
+            alike(NATIVE, number, [k.into(); 6]);
+        }
+    }
+    let compared = plain.iter().filter(|instruction| instruction.code == 0x15).map(|compare| compare.k);
+    for number in compared.filter(|number| *number < 1024) {
+        for value in near.clone().flat_map(|k| [k.into(), u64::from(k) | 1 << 32, !u64::from(k)]) {
+            for index in 0..6 {
+                let mut arguments = [0; 6];
+                arguments[index] = value;
+                alike(NATIVE, number, arguments);
+            }
+        }
+        for (&a, &b) in constants.iter().flat_map(|a| constants.iter().map(move |b| (a, b))) {
+            alike(NATIVE, number, [a, b, a, b, a, b].map(u64::from));
+        }
+    }
+}
+
+#[test]
+fn a_rearranged_program_answers_as_what_seccompiler_made() {
+    const VMM: &[sock_filter] = &include!(concat!(env!("OUT_DIR"), "/vmm.plain.rs"));
+    const VCPU: &[sock_filter] = &include!(concat!(env!("OUT_DIR"), "/vcpu.plain.rs"));
+    const API: &[sock_filter] = &include!(concat!(env!("OUT_DIR"), "/api.plain.rs"));
+    let built_in = Policies::built_in();
+    for (program, plain) in [(&built_in.vmm, VMM), (&built_in.vcpu, VCPU), (&built_in.api, API)] {
+        assert!(program.len() < plain.len() / 2);
+        alike(program, plain);
+    }
+}
+
+#[test]
+fn a_program_too_long_for_conditional_jumps_is_rearranged() {
+    let conditions = r#"[{"index": 0, "type": "qword", "op": "gt", "val": 7},
+        {"index": 5, "type": "dword", "op": "ne", "val": NUMBER}]"#;
+    let rule = |call: Sysno| {
+        let conditions = conditions.replace("NUMBER", &call.id().to_string());
+        format!(r#"{{"syscall": "{}", "args": {conditions}}}"#, call.name())
+    };
+    let rules = Sysno::iter().filter(|call| (0..240).contains(&call.id())).step_by(5).map(rule);
+    let rules = rules.collect::<Vec<_>>().join(",");
+    let policy =
+        READ.replace(r#""filter": ["#, &format!(r#""filter": [{rules},"#)).replace("trap", "kill_thread");
+    let plain = compile(&format!(r#"{{"vmm": {policy}, "vcpu": {READ}, "api": {READ}}}"#)).unwrap().vmm;
+    let program = search::by_halves(&plain).unwrap();
+    assert!(program.iter().any(|instruction| instruction.code == 0x05 && instruction.k > 255));
+    alike(&program, &plain);
 }

@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use seccompiler::{BpfProgram, TargetArch};
 use serde_json::Value;
 
+mod search;
+
 /// The kinds of thread, each with a file of its name.
 const KINDS: [&str; 3] = ["vmm", "vcpu", "api"];
 
@@ -33,9 +35,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     for kind in KINDS {
         let policy = policies.join(kind).with_extension("json");
         println!("cargo::rerun-if-changed={}", policy.display());
-        let program =
-            compile(kind, &policy, &build).map_err(|error| format!("{}: {error}", policy.display()))?;
+        let in_policy = |error| format!("{}: {error}", policy.display());
+        let plain = compile(kind, &policy, &build).map_err(in_policy)?;
+        let program = search::by_halves(&plain).map_err(in_policy)?;
         fs::write(output.join(kind).with_extension("rs"), source(&program)?)?;
+        // What tests compare it with.
+        fs::write(output.join(format!("{kind}.plain.rs")), source(&plain)?)?;
     }
     Ok(())
 }
