@@ -5,11 +5,12 @@
 set -eu
 
 # A C toolchain to link with; tools of the tests; what other people's launch digests, which tests
-# compare ours with, are computed with; libraries of the emulator.
+# compare ours with, are computed with; what makes the emulated secure processor's certificates, and
+# libraries of the emulator.
 packages="gcc libc6-dev make git ca-certificates debian-archive-keyring
     xz-utils zstd e2fsprogs util-linux acpica-tools curl
     libssl-dev pkg-config python3-venv
-    libglib2.0-0 libpixman-1-0 libnettle8 libhogweed6 libgmp10 libssl3 zlib1g"
+    openssl libglib2.0-0 libpixman-1-0 libnettle8 libhogweed6 libgmp10 libssl3 zlib1g"
 targets="x86_64-unknown-linux-musl x86_64-unknown-none"
 
 missing=

@@ -104,15 +104,7 @@ fn inner_half(assets: &Assets, plan: &Path) -> Result<Vec<u8>> {
         return if output.status.success() { Ok(output.stdout) } else { Err("the guests failed".into()) };
     }
     progress("no hardware virtualisation: starting the rig");
-    let request = Request {
-        command: vec![program.into(), "inside".into(), plan.into()],
-        environment: rig::default_environment(),
-        shares: Vec::new(),
-        memory: 4096,
-        cpus: 2,
-        timeout: PATIENCE,
-        console: None,
-    };
+    let request = Request::new(vec![program.into(), "inside".into(), plan.into()], PATIENCE);
     let mut output = Vec::new();
     match rig::run(assets, &request, &mut output, &mut std::io::stderr())? {
         0 => Ok(output),

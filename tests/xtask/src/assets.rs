@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::apt::Apt;
 use crate::cache::Cache;
 use crate::initramfs::InitramfsBuilder;
-use crate::kernel::{self, Flavour, Kernel};
+use crate::kernel::{self, Kernel};
 use crate::modules::ModuleTree;
-use crate::{Error, emulator};
+use crate::{Error, certificates, emulator};
 
 /// The variable that hands fetched assets on to a process in the rig, which cannot fetch.
 pub const ENVIRONMENT: &str = "COFFERDAM_ASSETS";
@@ -95,8 +95,8 @@ impl Assets {
     pub fn fetch() -> Result<Self, Error> {
         let cache = Cache::open()?;
         let busybox = busybox(&cache)?;
-        let guest = kernel::fetch(&cache, Flavour::Cloud)?;
-        let rig = kernel::fetch(&cache, Flavour::Full)?;
+        let guest = kernel::fetch(&cache, kernel::GUEST)?;
+        let rig = kernel::fetch(&cache, kernel::OUTER)?;
         Ok(Self {
             guest_initrd: initrd(&cache, &GUEST, &busybox, &guest)?,
             rig_initrd: initrd(&cache, &RIG, &busybox, &rig)?,
@@ -128,6 +128,30 @@ impl Assets {
             ("firmware", &self.firmware),
             ("busybox", &self.busybox),
         ]
+    }
+}
+
+/// What an outer machine with SEV-SNP has in place of the plain one's.
+#[derive(Clone, Debug)]
+pub struct SnpAssets {
+    /// Debian's full kernel, a newer one.
+    pub kernel: PathBuf,
+    /// Its initial RAM disk.
+    pub initrd: PathBuf,
+    /// The key and certificates of the secure processor ([`certificates::fetch`]).
+    pub certificates: PathBuf,
+}
+
+impl SnpAssets {
+    /// Fetches or makes whatever is not in the cache yet.
+    pub fn fetch() -> Result<Self, Error> {
+        let cache = Cache::open()?;
+        let kernel = kernel::fetch(&cache, kernel::SNP_OUTER)?;
+        Ok(Self {
+            initrd: initrd(&cache, &RIG, &busybox(&cache)?, &kernel)?,
+            certificates: certificates::fetch(&cache)?,
+            kernel: kernel.image,
+        })
     }
 }
 

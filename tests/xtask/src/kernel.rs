@@ -7,9 +7,6 @@ use crate::apt::Apt;
 use crate::cache::Cache;
 use crate::{Error, tool};
 
-/// The version that is fetched: what bookworm-backports has, to the minor number.
-const SERIES: &str = "6.12.";
-
 /// A Debian kernel.
 #[derive(Clone, Debug)]
 pub struct Kernel {
@@ -21,53 +18,67 @@ pub struct Kernel {
     pub elf: PathBuf,
 }
 
-/// Which of Debian's builds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Flavour {
-    /// Everything, 9p among it: for the rig's outer machine.
-    Full,
-    /// For guests of clouds: fewer drivers, quicker to boot.
-    Cloud,
+/// Which of Debian's kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct Build {
+    /// The package that depends on the newest one.
+    package: &'static str,
+    /// The release whose backports have it.
+    release: &'static str,
+    /// The version, as far as it is certain.
+    series: &'static str,
 }
 
-impl Flavour {
-    fn package(self) -> &'static str {
-        match self {
-            Self::Full => "linux-image-amd64",
-            Self::Cloud => "linux-image-cloud-amd64",
+/// For the rig's outer machine: with everything, 9p among it.
+pub const OUTER: Build = Build { package: "linux-image-amd64", release: "bookworm", series: "6.12." };
+/// For guests: the flavour for clouds has fewer drivers, and is quicker to boot.
+pub const GUEST: Build = Build { package: "linux-image-cloud-amd64", ..OUTER };
+/// For an outer machine with SEV-SNP, of which 6.12 can do no more than launch guests: it neither tells which policy
+/// bits it has nor asks for certificates.
+pub const SNP_OUTER: Build = Build { release: "trixie", series: "7.", ..OUTER };
+
+/// The newest kernel of `build`; fetched if it is not in `cache`.
+pub fn fetch(cache: &Cache, build: Build) -> Result<Kernel, Error> {
+    let entry = cache.entry(build.package, &[b"1", build.series.as_bytes()], |directory| {
+        let suites = [format!("{}-backports", build.release), build.release.to_owned()];
+        let lines = suites.each_ref().map(|suite| format!("deb main {suite}"));
+        let apt = Apt::new(cache, &suites[0], &lines.each_ref().map(String::as_str))?;
+        for package in packages(&apt, build)? {
+            apt.unpack(&package, directory)?;
         }
-    }
-}
-
-/// The newest 6.12 kernel of bookworm-backports; fetched if it is not in `cache`.
-pub fn fetch(cache: &Cache, flavour: Flavour) -> Result<Kernel, Error> {
-    let entry = cache.entry(flavour.package(), &[b"1", SERIES.as_bytes()], |directory| {
-        let lines = ["deb main bookworm-backports", "deb main bookworm"];
-        let apt = Apt::new(cache, "bookworm-backports", &lines)?;
-        let package = newest(&apt, flavour.package())?;
-        apt.unpack(&package, directory)?;
-        lay_out(directory)
+        lay_out(directory, build.series)
     })?;
     Ok(Kernel { image: entry.join("vmlinuz"), modules: entry.join("modules"), elf: entry.join("vmlinux") })
 }
 
-/// The kernel package that the newest fitting version of `metapackage` names.
-fn newest(apt: &Apt, metapackage: &str) -> Result<String, Error> {
-    let prefix = format!("linux-image-{SERIES}");
-    let versions = apt.show("show", metapackage)?;
-    let mut packages = versions.iter().flat_map(|version| version.packages("Depends"));
-    packages.find(|package| package.starts_with(&prefix)).map(str::to_owned).ok_or_else(|| {
-        Error::Unavailable {
-            what: metapackage.into(),
-            reason: format!("bookworm-backports has no version {SERIES}*"),
-        }
-    })
+/// The packages that make up the kernel which the newest fitting version of the metapackage names: one or, since
+/// Linux 7, several with the same ending.
+fn packages(apt: &Apt, build: Build) -> Result<Vec<String>, Error> {
+    const PREFIX: &str = "linux-image-";
+    let missing = || Error::Unavailable {
+        what: build.package.into(),
+        reason: format!("{}-backports has no version {}*", build.release, build.series),
+    };
+    let versions = apt.show("show", build.package)?;
+    let mut images = versions.iter().flat_map(|version| version.packages("Depends"));
+    let fits = |name: &&str| name.strip_prefix(PREFIX).is_some_and(|rest| rest.starts_with(build.series));
+    let image = images.find(fits).ok_or_else(missing)?;
+    let version = image.strip_prefix(PREFIX).unwrap_or_default();
+    let paragraphs = apt.show("show", image)?;
+    let parts = paragraphs.first().ok_or_else(missing)?.packages("Depends");
+    let parts = parts.filter(|part| part.ends_with(version));
+    Ok(parts.chain([image]).map(str::to_owned).collect())
 }
 
-/// From a package's files to `vmlinuz`, `vmlinux` and `modules`.
-fn lay_out(directory: &Path) -> Result<(), Error> {
-    let image = only_entry(&directory.join("boot"), "vmlinuz-")?;
-    let modules = only_entry(&directory.join("lib/modules"), SERIES)?;
+/// From the packages' files to `vmlinuz`, `vmlinux` and `modules`.
+fn lay_out(directory: &Path, series: &str) -> Result<(), Error> {
+    let of_one_package = directory.join("lib/modules").exists();
+    let modules = if of_one_package { "lib/modules" } else { "usr/lib/modules" };
+    let modules = only_entry(&directory.join(modules), series)?;
+    let image = match of_one_package {
+        true => only_entry(&directory.join("boot"), "vmlinuz-")?,
+        false => modules.join("vmlinuz"),
+    };
     let bytes = fs::read(&image).map_err(Error::file("read", &image))?;
     let elf = unpack_image(&image, &bytes)?;
     let vmlinux = directory.join("vmlinux");

@@ -16,6 +16,7 @@ pub mod agent;
 pub mod apt;
 pub mod assets;
 pub mod cache;
+pub mod certificates;
 pub mod emulator;
 pub mod error;
 pub mod frame;
@@ -39,6 +40,13 @@ pub use error::Error;
 pub fn hardware_kvm() -> bool {
     let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     has_virtualisation(&flags) && std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+/// Whether this machine is a host with SEV-SNP whose kernel runs guests with it, and this process may start them.
+pub fn hardware_snp() -> bool {
+    let parameter = std::fs::read_to_string("/sys/module/kvm_amd/parameters/sev_snp").unwrap_or_default();
+    let may_open = |path| std::fs::File::options().read(true).write(true).open(path).is_ok();
+    parameter.trim() == "Y" && may_open("/dev/sev") && may_open("/dev/kvm")
 }
 
 fn has_virtualisation(cpuinfo: &str) -> bool {

@@ -1,5 +1,5 @@
-//! What runs Linux guests: the domain tier of the tests, and `make run`. On
-//! hardware KVM they run directly, elsewhere in the rig.
+//! What runs Linux guests: the domain and SNP tiers of the tests, and `make run`.
+//! Where the hardware can do it they run directly, elsewhere in the rig.
 
 use std::ffi::OsString;
 use std::fs;
@@ -9,13 +9,13 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::Error;
-use crate::assets::{self, Assets, GUEST_MODULES};
+use crate::assets::{self, Assets, GUEST_MODULES, SnpAssets};
 use crate::initramfs::InitramfsBuilder;
 use crate::modules::ModuleTree;
-use crate::rig::{self, Request, RigError};
+use crate::rig::{self, Request, RigError, Snp};
 use crate::tool::{self, progress};
 
-/// How long the domain tier may take. Its budget is 12 minutes on an idle machine.
+/// How long a tier may take. Its budget is 12 minutes on an idle machine, or less.
 const TIER_TIMEOUT: Duration = Duration::from_secs(40 * 60);
 /// The same with the long tests.
 const LONG_TIMEOUT: Duration = Duration::from_secs(2 * 60 * 60);
@@ -26,16 +26,56 @@ const DEMO_APPLETS: [&str; 10] =
     ["sh", "mount", "devmem", "cat", "insmod", "uname", "echo", "mkdir", "nproc", "poweroff"];
 const DEMO_FILE: &str = "hello from a file on a disk image";
 
-/// Builds the domain tests and runs those whose names contain `filter` (all of them if empty), those that are marked
-/// `ignore` only if `long`. Returns the exit status of the tests.
-pub fn domain_tests(filter: &[String], long: bool) -> Result<u8, RigError> {
+/// What a tier's guests run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    /// KVM.
+    Domain,
+    /// KVM with SEV-SNP.
+    Snp,
+}
+
+impl Tier {
+    /// The name of its test program, and of the feature that it needs.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Domain => "domain",
+            Self::Snp => "snp",
+        }
+    }
+
+    /// Whether its tests can run on this machine itself.
+    fn runs_here(self) -> bool {
+        match self {
+            Self::Domain => crate::hardware_kvm(),
+            Self::Snp => crate::hardware_snp(),
+        }
+    }
+}
+
+/// Which tests of a tier are run.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Selection {
+    /// The long tests too
+    #[arg(long)]
+    long: bool,
+    /// Keep the emulator's messages in this file
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// Only tests whose names contain one of these
+    filter: Vec<String>,
+}
+
+/// Builds the tests of `tier` and runs those of `selection`. Returns the exit status of the tests.
+pub fn tests(tier: Tier, selection: &Selection) -> Result<u8, RigError> {
     let assets = Assets::fetch()?;
-    progress("building the domain tests");
-    let program = test_program()?;
-    let mut command = vec![program.into(), "--test-threads=1".into()];
-    command.extend(long.then(|| "--include-ignored".into()));
-    command.extend(filter.iter().map(OsString::from));
-    run(&assets, command, if long { LONG_TIMEOUT } else { TIER_TIMEOUT })
+    progress(format_args!("building the tests of the {} tier", tier.name()));
+    let mut command = vec![test_program(tier.name())?.into(), "--test-threads=1".into()];
+    command.extend(selection.long.then(|| "--include-ignored".into()));
+    command.extend(selection.filter.iter().map(OsString::from));
+    let timeout = if selection.long { LONG_TIMEOUT } else { TIER_TIMEOUT };
+    let request = Request { log: selection.log.clone(), ..Request::new(command, timeout) };
+    run(&assets, tier, request)
 }
 
 /// Boots a Debian guest that prints its kernel's version and a file from its disk. Returns the exit status of
@@ -65,21 +105,25 @@ pub fn demo() -> Result<u8, RigError> {
     ];
     let words: Vec<String> = command.iter().map(|word| tool::quote(word)).collect();
     progress(format_args!("the command, as you would type it: {}", words.join(" ")));
-    run(&assets, command, DEMO_TIMEOUT)
+    run(&assets, Tier::Domain, Request::new(command, DEMO_TIMEOUT))
 }
 
-/// Runs a command that boots Linux guests, where they run.
-fn run(assets: &Assets, command: Vec<OsString>, timeout: Duration) -> Result<u8, RigError> {
+/// Runs a command that boots the guests of `tier`, where they run.
+fn run(assets: &Assets, tier: Tier, mut request: Request) -> Result<u8, RigError> {
     let handed_on = (assets::ENVIRONMENT.into(), serde_json::json!(assets).to_string().into());
-    if crate::hardware_kvm() {
+    if tier.runs_here() {
         progress("running on this machine's own KVM");
-        return Ok(directly(&command, handed_on)?);
+        return Ok(directly(&request.command, handed_on)?);
     }
-    progress("this CPU offers no virtualisation: running in the rig, an emulated machine (slow)");
-    let mut environment = rig::default_environment();
-    environment.push(handed_on);
-    let request =
-        Request { command, environment, shares: Vec::new(), memory: 4096, cpus: 2, timeout, console: None };
+    let what = match tier {
+        Tier::Domain => "virtualisation",
+        Tier::Snp => "SEV-SNP",
+    };
+    progress(format_args!("this machine offers no {what}: running in the rig, an emulated one (slow)"));
+    request.environment.push(handed_on);
+    if tier == Tier::Snp {
+        request.snp = Some(Snp { assets: SnpAssets::fetch()?, trace: 1 });
+    }
     rig::run(assets, &request, &mut io::stdout(), &mut io::stderr())
 }
 
@@ -93,29 +137,19 @@ fn directly(command: &[OsString], (name, value): (OsString, OsString)) -> Result
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 
-/// Builds the test program of the domain tier, and asks cargo where it is.
-fn test_program() -> Result<PathBuf, Error> {
+/// Builds the test program `name`, and asks cargo where it is.
+fn test_program(name: &str) -> Result<PathBuf, Error> {
     let mut cargo = Command::new("cargo");
-    cargo.args([
-        "test",
-        "--quiet",
-        "-p",
-        "cofferdam-tests",
-        "--features",
-        "domain",
-        "--test",
-        "domain",
-        "--no-run",
-    ]);
+    cargo.args(["test", "--quiet", "-p", "cofferdam-tests", "--features", name, "--test", name, "--no-run"]);
     cargo.arg("--message-format=json");
     let output = tool::run(&mut cargo)?;
     String::from_utf8_lossy(&output)
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|message| message["target"]["name"] == "domain")
+        .filter(|message| message["target"]["name"] == name)
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
         .ok_or_else(|| Error::Unavailable {
-            what: "the program of the domain tests".to_owned(),
+            what: format!("the program of the {name} tests"),
             reason: "cargo does not name it in its messages".to_owned(),
         })
 }

@@ -7,9 +7,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use xtask::assets::Assets;
-use xtask::linux;
-use xtask::rig::{self, Request, RigError};
+use xtask::assets::{Assets, SnpAssets};
+use xtask::linux::{self, Selection, Tier};
+use xtask::rig::{self, Request, RigError, Snp};
 
 /// Developer tasks of Cofferdam.
 #[derive(Debug, Parser)]
@@ -30,13 +30,9 @@ enum Task {
     /// Run a command in an emulated machine with hardware virtualisation (AMD SVM)
     Rig(RigArguments),
     /// Run the tests that boot Linux in domains: on hardware KVM, else in the rig
-    DomainTests {
-        /// The long tests too
-        #[arg(long)]
-        long: bool,
-        /// Only tests whose names contain one of these
-        filter: Vec<String>,
-    },
+    DomainTests(Selection),
+    /// Run the tests that boot Linux in SEV-SNP domains: on SNP hardware, else in the rig with an emulated secure processor
+    SnpTests(Selection),
     /// Boot a Debian guest that prints its kernel version and a file from its disk: on hardware KVM, else in the rig
     Demo,
     /// Exit with 0 if this machine's own CPU can run guests, else with 1
@@ -67,6 +63,15 @@ struct RigArguments {
     /// Keep the outer machine's console in this file (its end is shown if the rig fails)
     #[arg(long, value_name = "FILE")]
     console: Option<PathBuf>,
+    /// Keep the emulator's messages in this file
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// Make it a host with SEV-SNP: an emulated secure processor and reverse map table, without encryption
+    #[arg(long)]
+    snp: bool,
+    /// How much the emulator tells of SEV-SNP: 1 launches and failures, 2 pages, 3 page states, 4 exits of guests
+    #[arg(long, default_value_t = 1, value_name = "LEVEL", requires = "snp", value_parser = clap::value_parser!(u8).range(0..=4))]
+    trace: u8,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -78,7 +83,10 @@ overlay, in the current directory. /tmp and /var/tmp are passed through:\n\
 what is written there stays; anything else that is written is lost. $TMPDIR,\n\
 /run and /dev/shm are in memory: use them for sockets and disk images. The\n\
 command's stdin is empty, its stdout and stderr come back byte-exact, and\n\
-its exit status is returned; 124 after a timeout, 125 if the rig failed.";
+its exit status is returned; 124 after a timeout, 125 if the rig failed.\n\
+$COFFERDAM_EMULATOR_LOG is the file where the emulator's messages come; with\n\
+--snp, a line for each launch. $COFFERDAM_SNP_CERTIFICATES is then a directory\n\
+with ark.pem, ask.pem and vcek.pem, which vouch for attestation reports.";
 
 const TIMED_OUT: u8 = 124;
 const RIG_FAILED: u8 = 125;
@@ -87,7 +95,8 @@ fn main() -> ExitCode {
     match Arguments::parse().task {
         Task::Assets { json } => report(assets(json), 1),
         Task::Rig(arguments) => rig(arguments),
-        Task::DomainTests { long, filter } => exit(linux::domain_tests(&filter, long)),
+        Task::DomainTests(selection) => exit(linux::tests(Tier::Domain, &selection)),
+        Task::SnpTests(selection) => exit(linux::tests(Tier::Snp, &selection)),
         Task::Demo => exit(linux::demo()),
         Task::HasKvm => has_kvm(),
         Task::Agent => report(xtask::agent::run(), 1),
@@ -134,20 +143,26 @@ fn rig(arguments: RigArguments) -> ExitCode {
             None => environment.extend(std::env::var_os(&variable).map(|value| (variable.into(), value))),
         }
     }
-    let request = Request {
-        command: arguments.command,
-        environment,
-        shares: arguments.shares,
-        memory: arguments.memory,
-        cpus: arguments.cpus,
-        timeout: Duration::from_secs(arguments.timeout),
-        console: arguments.console,
+    let run = || {
+        let assets = Assets::fetch()?;
+        let snp = match arguments.snp {
+            true => Some(Snp { assets: SnpAssets::fetch()?, trace: arguments.trace }),
+            false => None,
+        };
+        let request = Request {
+            command: arguments.command,
+            environment,
+            shares: arguments.shares,
+            memory: arguments.memory,
+            cpus: arguments.cpus,
+            timeout: Duration::from_secs(arguments.timeout),
+            console: arguments.console,
+            log: arguments.log,
+            snp,
+        };
+        rig::run(&assets, &request, &mut io::stdout(), &mut io::stderr())
     };
-    exit(
-        Assets::fetch()
-            .map_err(RigError::from)
-            .and_then(|assets| rig::run(&assets, &request, &mut io::stdout(), &mut io::stderr())),
-    )
+    exit(run())
 }
 
 fn exit(result: Result<u8, RigError>) -> ExitCode {

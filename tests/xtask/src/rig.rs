@@ -13,13 +13,14 @@
 //! Changes that are made outside while the rig runs are seen at once there,
 //! but not reliably elsewhere.
 //!
-//! The emulator has no files of its own that could be left behind, and dies
-//! with the thread that called [`run`].
+//! The emulator dies with the thread that called [`run`]. Its messages go to a
+//! file in `/tmp`, which the command can read as they come ([`LOG`]).
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Write};
 use std::net::Shutdown;
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
@@ -27,13 +28,21 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-use crate::assets::Assets;
+use tempfile::NamedTempFile;
+
+use crate::assets::{Assets, SnpAssets};
 use crate::frame::{self, Kind};
-use crate::machine::Machine;
+use crate::machine::{Machine, SecureProcessor};
 use crate::tool;
 
 /// Directories that are always passed through.
 const SHARED: [&str; 2] = ["/tmp", "/var/tmp"];
+
+/// The variable that tells the command where the emulator's messages come, those of its secure processor among them.
+pub const LOG: &str = "COFFERDAM_EMULATOR_LOG";
+/// The variable that tells it where the certificates of the secure processor lie, if there is one: `ark.pem`, `ask.pem`
+/// and `vcek.pem`.
+pub const CERTIFICATES: &str = "COFFERDAM_SNP_CERTIFICATES";
 
 /// What to run, and in what machine.
 #[derive(Clone, Debug)]
@@ -52,7 +61,41 @@ pub struct Request {
     pub timeout: Duration,
     /// Where the outer machine's console goes; a nameless file if not given.
     pub console: Option<PathBuf>,
+    /// Where the emulator's messages are kept.
+    pub log: Option<PathBuf>,
+    /// Makes it a host with SEV-SNP.
+    pub snp: Option<Snp>,
 }
+
+/// An outer machine with SEV-SNP.
+#[derive(Clone, Debug)]
+pub struct Snp {
+    /// What it is made of.
+    pub assets: SnpAssets,
+    /// How much the emulator tells of it ([`SecureProcessor::trace`]).
+    pub trace: u8,
+}
+
+impl Request {
+    /// Runs `command` in a machine of 2 CPUs and 4 GiB, with the caller's [`default_environment`].
+    pub fn new(command: Vec<OsString>, timeout: Duration) -> Self {
+        Self {
+            command,
+            environment: default_environment(),
+            shares: Vec::new(),
+            memory: 4096,
+            cpus: 2,
+            timeout,
+            console: None,
+            log: None,
+            snp: None,
+        }
+    }
+}
+
+/// Memory of an outer machine with SEV-SNP, MiB. The reverse map table lies at 2304 MiB, to which RAM reaches in a machine
+/// of less than 2816 MiB, and covers the first 16 GiB.
+const SNP_MEMORY: RangeInclusive<u32> = 3072..=12288;
 
 /// Why there is no exit status of the command.
 #[derive(Debug, thiserror::Error)]
@@ -101,18 +144,36 @@ pub fn run(
     output: &mut impl Write,
     errors: &mut impl Write,
 ) -> Result<u8, RigError> {
+    if request.snp.is_some() && !SNP_MEMORY.contains(&request.memory) {
+        let reason = format!("its memory must be {} to {} MiB", SNP_MEMORY.start(), SNP_MEMORY.end());
+        return Err(crate::Error::Unavailable { what: "a machine with SEV-SNP".into(), reason }.into());
+    }
+    let messages = tempfile::Builder::new().prefix("cofferdam-emulator-").tempfile_in(SHARED[0]);
+    let messages = messages.map_err(crate::Error::file("create a file in", SHARED[0]))?;
+    let result = run_with(assets, request, &messages, output, errors);
+    if let Some(path) = &request.log {
+        std::fs::copy(messages.path(), path).map_err(crate::Error::file("write", path))?;
+    }
+    result
+}
+
+fn run_with(
+    assets: &Assets,
+    request: &Request,
+    messages: &NamedTempFile,
+    output: &mut impl Write,
+    errors: &mut impl Write,
+) -> Result<u8, RigError> {
     let deadline = Instant::now() + request.timeout;
     let shares = shares(&request.shares)?;
-    let machine = Machine {
-        kernel: assets.rig_kernel.clone(),
-        initrd: assets.rig_initrd.clone(),
-        firmware: assets.firmware.clone(),
-        memory: request.memory,
-        cpus: request.cpus,
-        shares: shares.clone(),
-    };
-    let mut outer = Outer::start(assets, &machine, request)?;
-    if let Err(error) = outer.order(request, &shares) {
+    let machine = machine(assets, request, &shares);
+    let mut outer = Outer::start(assets, &machine, request, messages)?;
+    let mut request = request.clone();
+    request.environment.push((LOG.into(), messages.path().into()));
+    if let Some(snp) = &request.snp {
+        request.environment.push((CERTIFICATES.into(), snp.assets.certificates.clone().into()));
+    }
+    if let Err(error) = outer.order(&request, &shares) {
         return Err(match error.kind() {
             io::ErrorKind::WouldBlock => outer.timeout(request.timeout),
             io::ErrorKind::BrokenPipe => outer.died(),
@@ -139,6 +200,27 @@ pub fn run(
             },
         };
         written.map_err(|source| outer.stream_error("passing on the command's output", source))?;
+    }
+}
+
+/// The outer machine of `request`.
+fn machine(assets: &Assets, request: &Request, shares: &[(String, PathBuf)]) -> Machine {
+    let plain = Machine {
+        kernel: assets.rig_kernel.clone(),
+        initrd: assets.rig_initrd.clone(),
+        firmware: assets.firmware.clone(),
+        memory: request.memory,
+        cpus: request.cpus,
+        shares: shares.to_owned(),
+        secure_processor: None,
+    };
+    let Some(Snp { assets, trace }) = &request.snp else { return plain };
+    let key = assets.certificates.join("vcek-key.pem");
+    Machine {
+        kernel: assets.kernel.clone(),
+        initrd: assets.initrd.clone(),
+        secure_processor: Some(SecureProcessor { key, trace: *trace }),
+        ..plain
     }
 }
 
@@ -177,7 +259,12 @@ impl Drop for Outer {
 }
 
 impl Outer {
-    fn start(assets: &Assets, machine: &Machine, request: &Request) -> Result<Self, crate::Error> {
+    fn start(
+        assets: &Assets,
+        machine: &Machine,
+        request: &Request,
+        messages: &NamedTempFile,
+    ) -> Result<Self, crate::Error> {
         let console = match &request.console {
             Some(path) => File::options()
                 .create(true)
@@ -188,8 +275,8 @@ impl Outer {
                 .map_err(crate::Error::file("create", path))?,
             None => tool::scratch()?,
         };
-        let errors = tool::scratch()?;
         let duplicate = |file: &File| file.try_clone().map_err(crate::Error::file("duplicate", "log file"));
+        let errors = duplicate(messages.as_file())?;
         let (port, theirs) = UnixStream::pair().map_err(crate::Error::file("create", "socket pair"))?;
         // setpriv makes the emulator die with this thread, however that dies.
         let mut command = Command::new("setpriv");
