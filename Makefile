@@ -17,7 +17,7 @@ ZSH_DIR = $(AT)/share/zsh/site-functions
 FISH_DIR = $(AT)/share/fish/vendor_completions.d
 UNIT_DIR = $(AT)/lib/systemd/system
 
-.PHONY: all deps build payloads run test test-all lint unit payload domain bench fuzz manuals install install-built uninstall clean
+.PHONY: all deps build payloads run test test-all lint unit payload domain snp bench fuzz manuals install install-built uninstall clean
 
 all: build
 
@@ -34,15 +34,16 @@ payloads: deps ## The tiny guests of the payload tier
 run: build ## Boot a Debian guest that prints its kernel version and a file from its disk
 	@cargo xtask demo && echo "make run: a Debian guest ran in a domain of its own and powered off"
 
-test: lint unit payload domain ## Every tier
-	@echo "make test: lint, unit, payload and domain tiers passed"
+test: lint unit payload domain snp ## Every tier
+	@echo "make test: lint, unit, payload, domain and SNP tiers passed"
 
 test-all: lint unit build payloads ## Every tier, the long tests and those that need root included
 	cargo test -p cofferdam-tests --features payload --tests -- --include-ignored
 	cargo test -p cofferdam-confidential --test digests -- --ignored
 	cargo test -p xtask --test rig -- --ignored --test-threads=1
 	@cargo xtask domain-tests --long
-	@echo "make test-all: lint, unit, payload and domain tiers passed, long tests included"
+	@cargo xtask snp-tests --long
+	@echo "make test-all: lint, unit, payload, domain and SNP tiers passed, long tests included"
 
 lint: deps
 	cargo fmt --all --check
@@ -60,6 +61,9 @@ payload: build payloads ## The monitor and tiny guests, on any /dev/kvm
 domain: build ## Linux guests, on hardware KVM or in the rig
 	cargo test -p xtask --test rig -- --ignored --test-threads=1
 	@cargo xtask domain-tests
+
+snp: build ## Protected guests, on SEV-SNP hardware or in the rig with an emulated secure processor
+	@cargo xtask snp-tests
 
 bench: build payloads ## Side by side with the floor and with QEMU's microvm: a table, and target/bench.json
 	cargo build --release --target $(MUSL) -p cofferdam-benches

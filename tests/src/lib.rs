@@ -8,11 +8,14 @@
 #![allow(clippy::expect_used, clippy::panic)]
 
 pub mod api;
+pub mod guest;
 pub mod held;
 pub mod host;
 pub mod image;
 pub mod kernels;
 pub mod place;
 pub mod run;
+pub mod snp;
 
+pub use guest::Guest;
 pub use run::{Finished, Run, Running};

@@ -1,5 +1,7 @@
 //! `test-guest`: what busybox lacks for the domain tests, as one static program.
-#![allow(unsafe_code)] // an accepted socket comes as a number
+#![allow(unsafe_code)] // an accepted socket comes as a number; ports and /dev/sev-guest
+
+mod snp;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -49,6 +51,19 @@ enum Command {
         /// Bytes
         length: i64,
     },
+    /// Write a byte to an I/O port
+    Port {
+        /// The port
+        #[arg(value_parser = hexadecimal)]
+        port: u16,
+        /// The byte
+        value: u8,
+    },
+    /// Print the attestation report of an SEV-SNP guest, in hexadecimal digits
+    SnpReport {
+        /// What it shall confirm: up to 64 bytes, in hexadecimal digits
+        data: String,
+    },
     /// Wait until the power button is pressed
     WaitButton {
         /// The input device
@@ -89,6 +104,8 @@ fn main() -> ExitCode {
         Command::Connect(vsock) => connected(vsock.port).and_then(|stream| serve(stream, &vsock.service)),
         Command::Storm { port, count } => storm(port, count),
         Command::Zero { device, offset, length } => zero(&device, offset, length),
+        Command::Port { port, value } => write_port(port, value),
+        Command::SnpReport { data } => snp::report(&data).map(|report| println!("report {report}")),
         Command::WaitButton { device } => wait_for_button(File::open(device)),
     };
     match done {
@@ -98,6 +115,23 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// A number as in `0x620`.
+fn hexadecimal(text: &str) -> Result<u16, std::num::ParseIntError> {
+    u16::from_str_radix(text.trim_start_matches("0x"), 16)
+}
+
+fn write_port(port: u16, value: u8) -> io::Result<()> {
+    // SAFETY: no pointer is passed.
+    if unsafe { nix::libc::ioperm(port.into(), 1, 1) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the port is this process's by now, and its device touches no memory of this process.
+    unsafe {
+        std::arch::asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
+    };
+    Ok(())
 }
 
 fn stream_socket() -> io::Result<OwnedFd> {

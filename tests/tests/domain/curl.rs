@@ -3,9 +3,7 @@
 use std::process::Command;
 
 use cofferdam_api::config::DEFAULT_COMMAND_LINE;
-use cofferdam_tests::place;
-
-use crate::guest::Guest;
+use cofferdam_tests::{Guest, place};
 
 fn drive(mode: &str) {
     let guest = Guest::new();

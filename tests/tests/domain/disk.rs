@@ -7,8 +7,7 @@ use std::process::Command;
 
 use cofferdam_api::status::ExitReason;
 use cofferdam_test_guest as stream;
-
-use crate::guest::Guest;
+use cofferdam_tests::Guest;
 
 /// Bytes of the file, as in the guest's init.
 const FILE: u64 = 64 << 20;

@@ -6,10 +6,8 @@ use std::process::Command;
 
 use cofferdam_api::config::DEFAULT_COMMAND_LINE;
 use cofferdam_api::status::ExitReason;
-use cofferdam_tests::{Run, place};
+use cofferdam_tests::{Guest, Run, place};
 use serde_json::Value;
-
-use crate::guest::Guest;
 
 /// Length of the initial RAM disk, bytes.
 const INITRD: u64 = 20 << 20;

@@ -7,10 +7,8 @@ use std::process::Command;
 use cofferdam_api::status::ExitReason;
 use cofferdam_tests::image::Image;
 use cofferdam_tests::run::send;
-use cofferdam_tests::{Finished, Run, place};
+use cofferdam_tests::{Finished, Guest, Run, place};
 use rustix::process::{Signal, kill_process};
-
-use crate::guest::Guest;
 
 /// Checks that the guest ended for `reason` and that nothing of its domain is left.
 fn check(done: &Finished, reason: ExitReason, code: i32) {

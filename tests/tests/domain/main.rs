@@ -3,7 +3,6 @@
 
 mod curl;
 mod disk;
-mod guest;
 mod image;
 mod lifecycle;
 mod vsock;

@@ -9,8 +9,7 @@ use std::time::{Duration, Instant};
 
 use cofferdam_api::status::ExitReason;
 use cofferdam_test_guest as stream;
-
-use crate::guest::Guest;
+use cofferdam_tests::Guest;
 
 const MIB: u64 = 1 << 20;
 

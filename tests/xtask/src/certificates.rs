@@ -47,7 +47,16 @@ fn make(directory: &Path) -> Result<(), Error> {
     tool::progress("making the emulated secure processor's key and its certificates");
     let openssl = |words: &[&str]| tool::run(Command::new("openssl").args(words).current_dir(directory));
     for name in ["ark-key.pem", "ask-key.pem"] {
-        openssl(&["genpkey", "-quiet", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:4096", "-out", name])?;
+        openssl(&[
+            "genpkey",
+            "-quiet",
+            "-algorithm",
+            "RSA",
+            "-pkeyopt",
+            "rsa_keygen_bits:4096",
+            "-out",
+            name,
+        ])?;
     }
     let curve = ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-384"];
     openssl(&[&["genpkey"], &curve[..], &["-out", "vcek-key.pem"]].concat())?;
@@ -87,7 +96,7 @@ fn extensions(chip_id: &str) -> String {
     // An INTEGER of one byte whose upper bit is clear.
     let integer = |value: u8| format!("02:01:{value:02x}");
     let fields = [
-        ("1", integer(0)),                       // structVersion
+        ("1", integer(0)),                        // structVersion
         ("2", "16:05:47:65:6e:6f:61".to_owned()), // productName: an IA5String, "Genoa"
         ("3.1", integer(BOOT_LOADER)),
         ("3.2", integer(TEE)),

@@ -1,16 +1,20 @@
-//! The guest of the domain tests: Debian's cloud kernel and a small initial RAM disk of our own.
+//! The guest of the domain and SNP tiers: Debian's cloud kernel and a small initial RAM disk of our own.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cofferdam_tests::{Run, place};
 use tempfile::TempDir;
 use xtask::assets::{Assets, GUEST_MODULES};
 use xtask::initramfs::InitramfsBuilder;
 use xtask::modules::ModuleTree;
 
+use crate::{Run, place};
+
 const INIT: &[u8] = include_bytes!("guest-init");
-const APPLETS: [&str; 23] = [
+/// What gets an attestation report, and the ciphers that its messages are in. They are for a protected guest only, and go
+/// to `/snp`.
+const SNP_MODULES: [&str; 3] = ["ghash_generic", "gcm", "sev_guest"];
+const APPLETS: [&str; 25] = [
     "sh",
     "mount",
     "umount",
@@ -34,6 +38,8 @@ const APPLETS: [&str; 23] = [
     "ls",
     "printf",
     "test",
+    "dmesg",
+    "grep",
 ];
 
 /// A directory for one test, with the guest's initial RAM disk in it.
@@ -44,19 +50,23 @@ pub struct Guest {
 
 impl Guest {
     /// A guest with nothing but its kernel.
+    #[allow(clippy::new_without_default)] // it makes files
     pub fn new() -> Self {
-        let assets = Assets::from_environment().expect("`cargo xtask domain-tests` names the assets");
-        let directory = tempfile::tempdir().unwrap();
-        let modules = ModuleTree::open(&assets.guest_modules).unwrap().resolve(&GUEST_MODULES).unwrap();
+        let assets = Assets::from_environment().expect("`cargo xtask` names the assets");
+        let directory = tempfile::tempdir().expect("a directory can be made");
+        let tree = ModuleTree::open(&assets.guest_modules).expect("the guest's modules are there");
+        let modules = |names| tree.resolve(names).expect("the guest has these modules");
         let mut image = InitramfsBuilder::new();
         image
             .busybox(&assets.busybox, &APPLETS)
-            .unwrap()
-            .program("bin/test-guest", &place::test_guest())
-            .unwrap()
+            .and_then(|image| image.program("bin/test-guest", &place::test_guest()))
+            .expect("its programs are there")
             .file("init", 0o755, INIT)
-            .modules(&modules);
-        fs::write(directory.path().join("initrd"), image.build()).unwrap();
+            .modules(&modules(&GUEST_MODULES));
+        for (index, module) in modules(&SNP_MODULES).iter().enumerate() {
+            image.file(&format!("snp/{index}-{}.ko", module.name), 0o644, &module.content);
+        }
+        fs::write(directory.path().join("initrd"), image.build()).expect("it can be written");
         Self { assets, directory }
     }
 
@@ -73,8 +83,9 @@ impl Guest {
     /// What is in the test's directory, but for the RAM disk.
     pub fn files(&self) -> Vec<String> {
         fs::read_dir(self.directory.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .expect("it is there")
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
             .filter(|name| name != "initrd")
             .collect()
     }
