@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use cofferdam_tests::api::ApiMonitor;
 use cofferdam_tests::place;
+use rustix::fs::{CWD, Mode, mkfifoat};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use serde_json::{Value, json};
@@ -317,6 +319,38 @@ fn a_monitor_without_a_domain_ends_by_the_api_and_by_a_signal() {
     kill_process(Pid::from_child(monitor.child()), Signal::TERM).unwrap();
     assert_eq!(monitor.finish().code(), Some(143));
     assert!(is_empty(folder.path()));
+}
+
+/// Whoever waits for the socket and then sends a signal finds a monitor that minds it, at the very first moment. The
+/// configuration is read before that, while a signal still just ends the process.
+#[test]
+fn a_signal_as_soon_as_the_socket_is_there_stops_in_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("api.sock");
+    let start = |arguments: &[&std::ffi::OsStr]| {
+        let mut command = Command::new(place::monitor());
+        command.arg("--api-sock").arg(&socket).args(arguments).stdin(Stdio::null()).stderr(Stdio::null());
+        command.spawn().unwrap()
+    };
+    for round in 0..200 {
+        let mut child = start(&[]);
+        while !socket.exists() {
+            assert_eq!(child.try_wait().unwrap(), None);
+        }
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        let status = child.wait().unwrap();
+        assert_eq!(status.code(), Some(143), "round {round}: {status}");
+        assert!(!socket.exists());
+    }
+    let slow = folder.path().join("config");
+    mkfifoat(CWD, &slow, Mode::RUSR | Mode::WUSR).unwrap();
+    let mut child = start(&["--config-file".as_ref(), slow.as_os_str()]);
+    // It can be opened for writing when the monitor reads.
+    let _writer = fs::File::options().write(true).open(&slow).unwrap();
+    assert!(!socket.exists());
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().signal(), Some(Signal::TERM.as_raw()));
+    assert!(!socket.exists());
 }
 
 #[test]

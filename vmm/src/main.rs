@@ -105,8 +105,9 @@ fn run(
     })
 }
 
-/// Inherited descriptors are taken over before any other is opened, so that none of ours can be mistaken for
-/// one; and a configuration that is slow to come is waited for while a signal still ends this process.
+/// A socket that is inherited is taken over before anything else is opened, so that nothing can be mistaken for it. A
+/// configuration that is slow to come is waited for while a signal still ends this process. A socket of our own is made
+/// when signals are blocked: whoever sees it and sends one has the monitor stop in order.
 fn start(
     arguments: &Arguments,
     clock: &Arc<PhaseClock>,
@@ -115,11 +116,15 @@ fn start(
     api: &mut Option<Api>,
 ) -> Result<Outcome, StartError> {
     let metrics = &observer.metrics;
-    let policies = Arc::new(policies(arguments)?);
-    let socket = api_socket(arguments)?;
-    let config = arguments.config_file.as_ref().map(read_config).transpose()?;
     check_id("--id", &arguments.id)?;
+    let policies = Arc::new(policies(arguments)?);
+    let inherited = inherited_socket(arguments)?;
+    let config = arguments.config_file.as_ref().map(read_config).transpose()?;
     let signals = StopSignals::new(metrics.signals.clone()).map_err(StartError::Signals)?;
+    let socket = match &arguments.api_sock {
+        Some(path @ Source::Path(_)) => Some(Socket::new(path)?),
+        _ => inherited,
+    };
     let mut inbox = None;
     if let Some(socket) = socket {
         let max_payload = arguments.http_api_max_payload_size;
@@ -151,12 +156,13 @@ fn start(
     }
 }
 
-fn api_socket(arguments: &Arguments) -> Result<Option<Socket>, StartError> {
-    if let Some(source) = &arguments.api_sock {
-        return Ok(Some(Socket::new(source)?));
-    }
-    if arguments.no_api {
-        return Ok(None);
+/// The API's socket, if it is passed to this process.
+fn inherited_socket(arguments: &Arguments) -> Result<Option<Socket>, StartError> {
+    match &arguments.api_sock {
+        Some(descriptor @ Source::Descriptor(_)) => return Ok(Some(Socket::new(descriptor)?)),
+        Some(Source::Path(_)) => return Ok(None),
+        None if arguments.no_api => return Ok(None),
+        None => {}
     }
     match activation::api_socket(|name| env::var(name).ok(), process::id()).map_err(ApiError::from)? {
         Some(fd) => Ok(Some(Socket::inherited("LISTEN_FDS", fd)?)),
