@@ -131,6 +131,9 @@ pub enum ActionError {
     /// The domain has stopped meanwhile.
     #[error("The domain has stopped.")]
     Stopped,
+    /// Clients that did not wait have left too many requests behind.
+    #[error("Too many requests wait for the monitor; try again.")]
+    Busy,
     /// The configuration would be wrong.
     #[error(transparent)]
     Config(#[from] ConfigError),

@@ -9,8 +9,8 @@
 //! in an [`Envelope`]; the monitor answers whenever it likes, so a request that waits for the end of the domain
 //! holds up no other one.
 //!
-//! Everything that a client can make larger or longer has a limit: head, body, the time to send each, and the
-//! number of connections. A connection too many takes the place of the oldest one that does not wait for the
+//! Everything that a client can make larger or longer has a limit: head, body, the time to send each, the number of
+//! requests that wait for the monitor, and that of connections. A connection too many takes the place of the oldest one that does not wait for the
 //! monitor; if all do, it is told 503. So clients that are idle, slow or broken keep nobody else out.
 
 use std::collections::VecDeque;
@@ -34,7 +34,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
 use tokio::net::UnixStream;
 use tokio::sync::oneshot::error::TryRecvError;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
@@ -53,6 +53,8 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most connections at a time.
 const MAX_CONNECTIONS: usize = 128;
+/// Most requests that the monitor has yet to answer: those of all connections, and as many whose clients have gone.
+const MAX_REQUESTS: usize = 2 * MAX_CONNECTIONS;
 /// How long answers under way may take when the server ends.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Pause after a connection could not be accepted, mostly for want of descriptors.
@@ -68,23 +70,31 @@ pub struct Envelope {
 }
 
 /// Where an answer goes. Dropped without one, the client hears that the domain has stopped.
-pub struct Reply(oneshot::Sender<ActionResult>);
+pub struct Reply {
+    sender: oneshot::Sender<ActionResult>,
+    /// Its place among [`MAX_REQUESTS`].
+    _place: Option<OwnedSemaphorePermit>,
+}
 
 impl Reply {
     /// A way to answer, and where the answer comes.
     pub fn pair() -> (Self, Answer) {
+        Self::with_place(None)
+    }
+
+    fn with_place(place: Option<OwnedSemaphorePermit>) -> (Self, Answer) {
         let (sender, receiver) = oneshot::channel();
-        (Self(sender), Answer(receiver))
+        (Self { sender, _place: place }, Answer(receiver))
     }
 
     /// Answers. A client that has gone misses it.
     pub fn send(self, result: ActionResult) {
-        let _ = self.0.send(result);
+        let _ = self.sender.send(result);
     }
 
     /// Whether the client still waits.
     pub fn is_wanted(&self) -> bool {
-        !self.0.is_closed()
+        !self.sender.is_closed()
     }
 }
 
@@ -139,7 +149,9 @@ impl Server {
             let go_on = result.is_ok();
             let _ = tell.send(result);
             if go_on {
-                runtime.block_on(serve(listener, Service { max_payload, metrics, deliver }, stopped));
+                let places = Arc::new(Semaphore::new(MAX_REQUESTS));
+                let service = Service { max_payload, metrics, deliver, places };
+                runtime.block_on(serve(listener, service, stopped));
             }
         })?;
         let server = Self { stop, thread: Some(thread) };
@@ -229,6 +241,8 @@ struct Service {
     max_payload: usize,
     metrics: Arc<ApiMetrics>,
     deliver: Deliver,
+    /// As many as there can be more requests.
+    places: Arc<Semaphore>,
 }
 
 impl Service {
@@ -306,7 +320,8 @@ impl Service {
     }
 
     async fn act(&self, action: VmmAction) -> ActionResult {
-        let (reply, answer) = Reply::pair();
+        let place = self.places.clone().try_acquire_owned().map_err(|_| ActionError::Busy)?;
+        let (reply, answer) = Reply::with_place(Some(place));
         (self.deliver)(Envelope { action, reply });
         answer.wait().await
     }

@@ -133,6 +133,22 @@ fn a_body_over_the_limit_is_refused_and_the_next_request_served() {
     assert_eq!(server.ask("PUT /serial", "{}").0, 204);
 }
 
+/// A monitor that is busy for a while, and clients that do not wait for it.
+#[test]
+fn requests_whose_clients_have_gone_do_not_pile_up() {
+    let server = Fixture::new();
+    for count in 1..=MAX_REQUESTS {
+        let mut client = server.connect();
+        client.send("GET /vm/wait", "");
+        server.wait_for_waiters(count);
+    }
+    let (status, body) = server.ask("GET /version", "");
+    assert_eq!((status, body), (400, format!("{{\"fault_message\":\"{}\"}}", ActionError::Busy)));
+    assert_eq!(server.ask("GET /openapi.json", "").0, 200);
+    server.waiting.lock().unwrap().pop();
+    assert_eq!(server.ask("GET /version", "").0, 200);
+}
+
 #[test]
 fn a_head_over_the_limit_and_nonsense_end_the_connection_only() {
     let server = Fixture::new();
