@@ -189,6 +189,36 @@ fn a_call_that_the_api_thread_may_not_make_ends_the_monitor() {
 }
 
 #[test]
+fn a_violation_is_told_in_the_log_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let without = policies(folder.path(), "vcpu", |rule| rule["args"][0]["val"] == KVM_RUN);
+    let forbidden = "made a system call that its seccomp policy forbids: ioctl(0x";
+    for format in ["text", "json"] {
+        let log = folder.path().join(format);
+        let arguments = ["--seccomp-filter", without.to_str().unwrap(), "--log-path", log.to_str().unwrap()];
+        let arguments = [&arguments[..], &["--log-format", format]].concat();
+        let mut config = config("hello");
+        config["machine-config"]["vcpu_count"] = json!(1);
+        let output = monitor(folder.path(), &config, &arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(148), "{output:?}");
+        assert!(stderr(&output).contains(forbidden), "{}", stderr(&output));
+        let text = fs::read_to_string(&log).unwrap();
+        let told: Vec<&str> = text.lines().filter(|line| line.contains(forbidden)).collect();
+        assert_eq!(told.len(), 1, "{text}");
+        if format == "json" {
+            let line: Value = serde_json::from_str(told[0]).unwrap();
+            assert_eq!(line["level"], "ERROR");
+            assert!(
+                line["message"].as_str().unwrap().starts_with("cofferdam-vmm: thread vcpu0 made"),
+                "{line}"
+            );
+        } else {
+            assert_eq!(format!("{}\n", told[0]), stderr(&output));
+        }
+    }
+}
+
+#[test]
 fn nobody_who_reads_standard_error_is_no_reason_to_go_on() {
     let folder = tempfile::tempdir().unwrap();
     let without = policies(folder.path(), "vcpu", |rule| rule["args"][0]["val"] == KVM_RUN);

@@ -5,7 +5,7 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
@@ -43,6 +43,11 @@ impl Lines {
     /// To `descriptor`, which may be shared with other processes.
     pub fn shared(descriptor: OwnedFd) -> Self {
         Self { sink: Sink::new(descriptor), rest: Vec::new() }
+    }
+
+    /// Where they are written.
+    pub fn descriptor(&self) -> RawFd {
+        self.sink.as_raw_fd()
     }
 
     /// Writes `line`, with the newline at its end. On an error nothing of it is written.

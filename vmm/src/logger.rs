@@ -27,6 +27,7 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber, callsite};
 
 use crate::lines::Lines;
+use crate::seccomp::violation;
 
 /// How long the last line may take when the monitor ends.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -67,6 +68,8 @@ pub struct Logger {
 
 struct State {
     target: Option<Lines>,
+    /// Whether that is not standard error.
+    is_elsewhere: bool,
     level: LevelFilter,
     show_level: bool,
     show_origin: bool,
@@ -83,6 +86,7 @@ impl Logger {
             metrics: Arc::default(),
             state: Mutex::new(State {
                 target: stderr.ok().map(Lines::shared),
+                is_elsewhere: false,
                 level: LevelFilter::INFO,
                 show_level: false,
                 show_origin: false,
@@ -123,9 +127,10 @@ impl Logger {
     /// The rest of it.
     pub fn apply(&self, Settings { target, config }: Settings<'_>) {
         let mut state = self.lock();
-        if target.is_some() {
-            state.target = target;
-        }
+        let former = target.map(|target| {
+            state.is_elsewhere = true;
+            state.target.replace(target)
+        });
         state.level = match config.level.unwrap_or_default() {
             LogLevel::Off => LevelFilter::OFF,
             LogLevel::Error => LevelFilter::ERROR,
@@ -140,7 +145,12 @@ impl Logger {
         if config.module.is_some() {
             state.module.clone_from(&config.module);
         }
+        if let (true, Some(target)) = (state.is_elsewhere, &state.target) {
+            violation::set_log(target.descriptor(), state.format == LogFormat::Json);
+        }
         drop(state);
+        // Not before nobody finds it any more.
+        drop(former);
         // Each place that logs remembers whether it is wanted, and asks again now.
         callsite::rebuild_interest_cache();
     }
