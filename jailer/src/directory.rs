@@ -15,8 +15,8 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{
-    AtFlags, CWD, Dir, FlockOperation, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, fchmod, fchown, flock,
-    fstat, ftruncate, mkdirat, open, openat, openat2, unlinkat,
+    AtFlags, CWD, Dir, FlockOperation, Gid, Mode, OFlags, ResolveFlags, Uid, fchmod, fchown, flock, fstat,
+    ftruncate, mkdirat, open, openat, openat2, unlinkat,
 };
 use rustix::io::{Errno, pread, pwrite};
 use rustix::process::Pid;
@@ -191,11 +191,9 @@ impl Claim {
             Err(Errno::EXIST) => return Ok(()),
             other => other.map_err(failed("mkdir", &run))?,
         }
-        match owner {
-            Some((uid, gid)) => chownat(&opened, RUN, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
-                .map_err(failed("chown", &run)),
-            None => Ok(()),
-        }
+        let Some((uid, gid)) = owner else { return Ok(()) };
+        // The root directory is theirs already, and what has this name now may be a link to something else.
+        fchown(self.place.open(&run)?, Some(uid), Some(gid)).map_err(failed("chown", &run))
     }
 
     /// Writes the monitor's process id, as the host has it, to `PROGRAM.pid` in the root directory. The file is
