@@ -41,8 +41,9 @@ use super::buffer::Buffer;
 use super::packet::{Header, MAX_PAYLOAD, Op, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::payload::GuestBytes;
 
-/// Ticks after which a guest that owes an answer is no longer waited for.
-pub const PATIENCE: u32 = 4;
+/// Ticks after which a guest that owes an answer is no longer waited for: ten seconds, as a program's line is. Where many
+/// domains share few CPUs, a guest that is asked by a thousand programs at once may need more than a few.
+pub const PATIENCE: u32 = 20;
 
 /// The host's end of a connection: a non-blocking stream socket.
 pub trait Stream {
