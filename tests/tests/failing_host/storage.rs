@@ -46,6 +46,28 @@ fn a_full_file_system_is_an_error_of_the_write() {
     check(&done, failed, "No space left on device");
 }
 
+/// Both engines, under the seccomp policies: `fallocate` is a call of its own with the one and goes through the ring with
+/// the other.
+#[test]
+fn pages_are_given_back_and_made_zero() {
+    use std::os::unix::fs::MetadataExt;
+    for engine in ["sync", "async"] {
+        for operation in ["discard", "zero"] {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            fs::write(file.path(), vec![7; 1 << 20]).unwrap();
+            let before = file.path().metadata().unwrap().blocks();
+            let line = format!("op={operation} repeat=128");
+            let done = disks(file.path(), &format!(",engine={engine}"), &line).finish();
+            assert_eq!(seen(&done), (128, 0, 0), "{engine}, {operation}: {done}");
+            let bytes = fs::read(file.path()).unwrap();
+            let (first, second) = bytes.split_at(512 << 10);
+            assert!(first.iter().all(|byte| *byte == 0) && second.iter().all(|byte| *byte == 7));
+            let after = file.path().metadata().unwrap().blocks();
+            assert!(operation == "zero" || after <= before / 2, "{engine}: {before} blocks, then {after}");
+        }
+    }
+}
+
 #[test]
 fn a_file_that_may_not_grow_is_an_error_of_the_write() {
     let file = tempfile::NamedTempFile::new().unwrap();

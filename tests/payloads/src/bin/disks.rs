@@ -2,7 +2,7 @@
 //!
 //! | option | meaning | without it |
 //! |---|---|---|
-//! | `op=NAME` | `read`, `write`, or `keep`: a write and then a flush | `read` |
+//! | `op=NAME` | `read`, `write`, `keep` (a write and then a flush), `discard`, or `zero`: write zeroes | `read` |
 //! | `repeat=N` | requests per device, each a page further, and again from the start at the end | 1 |
 //! | `from=N` | page of the first one | 0 |
 //! | `wait=1` | prints "ready" first and waits for a byte | at once |
@@ -20,6 +20,8 @@ use cofferdam_payloads::{entry, payload, println, ram, serial};
 payload!(main);
 
 const BLOCK: u32 = 2;
+/// Bytes of a segment of discard and write zeroes (virtio 1.2, 5.2.6): sector, number of sectors, flags.
+const SEGMENT: u32 = 16;
 const SECTORS_PER_PAGE: u64 = PAGE_SIZE / disk::SECTOR as u64;
 
 fn main() -> u8 {
@@ -44,6 +46,13 @@ fn main() -> u8 {
             let sector = (from + index) % pages * SECTORS_PER_PAGE;
             let (kind, data) = match operation {
                 b"read" => (kind::READ, Part::write(page, PAGE_SIZE as u32)),
+                b"discard" | b"zero" => {
+                    ram::write_u64(page, sector);
+                    ram::write_u32(page + 8, SECTORS_PER_PAGE as u32);
+                    ram::write_u32(page + 12, 0);
+                    let kind = if operation == b"zero" { kind::WRITE_ZEROES } else { kind::DISCARD };
+                    (kind, Part::read(page, SEGMENT))
+                }
                 _ => (kind::WRITE, Part::read(page, PAGE_SIZE as u32)),
             };
             let done = disk.request(kind, sector, Some(data)) == disk::OK;
