@@ -17,7 +17,7 @@ ZSH_DIR = $(AT)/share/zsh/site-functions
 FISH_DIR = $(AT)/share/fish/vendor_completions.d
 UNIT_DIR = $(AT)/lib/systemd/system
 
-.PHONY: all deps build payloads run test test-all lint unit payload domain snp bench fuzz manuals install install-built uninstall clean
+.PHONY: all deps build payloads run test test-all lint unit payload domain snp bench fuzz seccomp-unused manuals install install-built uninstall clean
 
 all: build
 
@@ -37,7 +37,7 @@ run: build ## Boot a Debian guest that prints its kernel version and a file from
 test: lint unit payload domain snp ## Every tier
 	@echo "make test: lint, unit, payload, domain and SNP tiers passed"
 
-test-all: lint unit build payloads ## Every tier, the long tests and those that need root included
+test-all: lint unit build payloads seccomp-unused ## Every tier, the long tests and those that need root included
 	cargo test -p cofferdam-tests --features payload --tests -- --include-ignored
 	cargo test -p cofferdam-confidential --test digests -- --ignored
 	cargo test -p xtask --test rig -- --ignored --test-threads=1
@@ -47,6 +47,7 @@ test-all: lint unit build payloads ## Every tier, the long tests and those that 
 
 lint: deps
 	cargo fmt --all --check
+	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 	cargo clippy --workspace --exclude cofferdam-payloads --exclude cofferdam-stage --all-targets --all-features -- -D warnings
 	cargo clippy -p cofferdam-payloads -p cofferdam-stage --target $(BARE) -- -D warnings
 	cargo deny --log-level error check licenses bans sources
@@ -57,6 +58,9 @@ unit: deps ## Pure logic, anywhere
 
 payload: build payloads ## The monitor and tiny guests, on any /dev/kvm
 	cargo test -p cofferdam-tests --features payload --tests
+
+seccomp-unused: build payloads ## System calls that the seccomp policies allow and no test needs: none
+	@cargo xtask seccomp-unused
 
 domain: build ## Linux guests, on hardware KVM or in the rig
 	cargo test -p xtask --test rig -- --ignored --test-threads=1

@@ -6,6 +6,7 @@
 //! - [`rig`] runs one command inside an emulated machine that has hardware
 //!   virtualisation, so that KVM guests run where the CPU offers none.
 //! - [`linux`] runs the domain tier and `make run`, there or on hardware KVM.
+//! - [`seccomp`] finds system calls that the policies allow and no test needs.
 //! - [`initramfs`] writes the initial RAM disks; domain tests use it for their
 //!   own.
 //!
@@ -27,6 +28,7 @@ pub mod machine;
 pub mod modules;
 pub mod peer;
 pub mod rig;
+pub mod seccomp;
 pub mod tool;
 
 pub use error::Error;

@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use xtask::assets::{Assets, SnpAssets};
 use xtask::linux::{self, Selection, Tier};
 use xtask::rig::{self, Request, RigError, Snp};
+use xtask::seccomp;
 
 /// Developer tasks of Cofferdam.
 #[derive(Debug, Parser)]
@@ -37,6 +38,8 @@ enum Task {
     Demo,
     /// Exit with 0 if this machine's own CPU can run guests, else with 1
     HasKvm,
+    /// List system calls that the seccomp policies allow and no test needs, without saying why; fails if there is one
+    SeccompUnused,
     /// The rig's side inside the outer machine
     #[command(hide = true)]
     Agent,
@@ -99,6 +102,7 @@ fn main() -> ExitCode {
         Task::SnpTests(selection) => exit(linux::tests(Tier::Snp, &selection)),
         Task::Demo => exit(linux::demo()),
         Task::HasKvm => has_kvm(),
+        Task::SeccompUnused => seccomp_unused(),
         Task::Agent => report(xtask::agent::run(), 1),
     }
 }
@@ -133,6 +137,14 @@ fn has_kvm() -> ExitCode {
     }
     println!("no: no VMX or SVM in /proc/cpuinfo, or no access to /dev/kvm; Linux guests need the rig");
     ExitCode::FAILURE
+}
+
+fn seccomp_unused() -> ExitCode {
+    match seccomp::unused() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => report(Err(error), 1),
+    }
 }
 
 fn rig(arguments: RigArguments) -> ExitCode {
