@@ -104,7 +104,7 @@ pub fn block_device_name(index: usize) -> String {
 
 /// vCPUs and memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "WireMachine")]
+#[serde(try_from = "WireMachine<u64>")]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct MachineConfig {
     /// Number of vCPUs, 1 to 32.
@@ -281,7 +281,7 @@ pub struct Vsock {
 
 /// The serial console. With neither field it is standard input and output.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "WireSerial")]
+#[serde(from = "WireSerial")]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Serial {
     /// Where the guest's output goes.
@@ -289,6 +289,9 @@ pub struct Serial {
     /// The file of mode `File`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial_out_path: Option<PathBuf>,
+    /// Limit on the guest's output: tokens are bytes, and what is beyond it is dropped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<TokenBucket>,
 }
 
 /// Where the serial console goes.
@@ -369,7 +372,11 @@ mod tests {
         config.drives[1].cache_type = CacheType::Unsafe;
         config.drives[1].io_engine = IoEngine::Async;
         config.vsock = Some(Vsock { guest_cid: 9, uds_path: "v.sock".into() });
-        config.serial = Serial { mode: SerialMode::File, serial_out_path: Some("log".into()) };
+        config.serial = Serial {
+            mode: SerialMode::File,
+            serial_out_path: Some("log".into()),
+            rate_limiter: Some(bucket),
+        };
         config.confidential.platform = PlatformChoice::Plain;
         config.stop_timeout_ms = 1;
         config.logger = Some(LoggerConfig { log_path: Some("log".into()), ..Default::default() });
@@ -425,7 +432,7 @@ mod tests {
         "drives": [{"drive_id": "a", "path_on_host": "d", "is_root_device": true, "is_read_only": true,
             "cache_type": "Unsafe", "io_engine": "Sync", "block_size": 4096,
             "rate_limiter": {"bandwidth": {"size": 1, "one_time_burst": 2, "refill_time": 3}}}],
-        "vsock": {"guest_cid": 3, "uds_path": "v"}, "serial": {"mode": "File", "serial_out_path": "s"},
+        "vsock": {"guest_cid": 3, "uds_path": "v"}, "serial": {"mode": "File", "serial_out_path": "s", "rate_limiter": {"size": 4, "refill_time": 5}},
         "confidential": {"platform": "plain"}, "stop_timeout_ms": 5}"#;
 
     #[derive(Clone, Debug)]

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::config::{Drive, MachineConfig, RateLimiter, TokenBucket};
 use crate::validate::ConfigError;
-use crate::wire::{WireMachinePatch, vcpu_count};
+use crate::wire::{WireMachine, vcpu_count};
 
 /// Body of `PUT /actions`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -50,8 +50,8 @@ pub enum WantedState {
 
 /// Body of `PATCH /machine-config`: what is left out stays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "WireMachinePatch")]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(try_from = "WireMachine<Option<u64>>")]
+#[cfg_attr(test, derive(schemars::JsonSchema), schemars(!try_from, deny_unknown_fields))]
 pub struct MachinePatch {
     /// Number of vCPUs.
     pub vcpu_count: Option<u64>,

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::config::{
     BootSource, CacheType, Confidential, DomainConfig, Drive, IoEngine, MachineConfig, RateLimiter, Serial,
-    SerialMode, Vsock, default_block_size, default_stop_timeout_ms, root_first,
+    SerialMode, TokenBucket, Vsock, default_block_size, default_stop_timeout_ms, root_first,
 };
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::requests::MachinePatch;
@@ -92,12 +92,13 @@ impl TryFrom<WireDomain> for DomainConfig {
     }
 }
 
+/// Of the whole machine, `N` is a number; of a patch, a number that may be left out.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "MachineConfig"))]
-pub(crate) struct WireMachine {
-    vcpu_count: u64,
-    mem_size_mib: u64,
+pub(crate) struct WireMachine<N> {
+    vcpu_count: N,
+    mem_size_mib: N,
 
     #[serde(default)]
     #[cfg_attr(test, schemars(skip))]
@@ -113,18 +114,26 @@ pub(crate) struct WireMachine {
     track_dirty_pages: Value,
 }
 
-impl TryFrom<WireMachine> for MachineConfig {
+impl<N> WireMachine<N> {
+    /// `vcpu_count` and `mem_size_mib`, if nothing else is asked for.
+    fn numbers(self) -> Result<(N, N), String> {
+        refuse([
+            ("machine-config.cpu_template", self.cpu_template),
+            ("machine-config.huge_pages", self.huge_pages),
+            ("machine-config.smt", self.smt),
+            ("machine-config.track_dirty_pages", self.track_dirty_pages),
+        ])?;
+        Ok((self.vcpu_count, self.mem_size_mib))
+    }
+}
+
+impl TryFrom<WireMachine<u64>> for MachineConfig {
     type Error = String;
 
-    fn try_from(wire: WireMachine) -> Result<Self, String> {
-        refuse([
-            ("machine-config.cpu_template", wire.cpu_template),
-            ("machine-config.huge_pages", wire.huge_pages),
-            ("machine-config.smt", wire.smt),
-            ("machine-config.track_dirty_pages", wire.track_dirty_pages),
-        ])?;
-        let vcpu_count = vcpu_count(wire.vcpu_count).map_err(|error| error.to_string())?;
-        Ok(Self { vcpu_count, mem_size_mib: wire.mem_size_mib })
+    fn try_from(wire: WireMachine<u64>) -> Result<Self, String> {
+        let (count, mem_size_mib) = wire.numbers()?;
+        let vcpu_count = vcpu_count(count).map_err(|error| error.to_string())?;
+        Ok(Self { vcpu_count, mem_size_mib })
     }
 }
 
@@ -136,46 +145,17 @@ pub(crate) fn vcpu_count(value: u64) -> Result<u8, ConfigError> {
     })
 }
 
-/// [`WireMachine`] whose every field may be left out.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-#[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "MachinePatch"))]
-pub(crate) struct WireMachinePatch {
-    #[serde(default)]
-    vcpu_count: Option<u64>,
-    #[serde(default)]
-    mem_size_mib: Option<u64>,
-
-    #[serde(default)]
-    #[cfg_attr(test, schemars(skip))]
-    cpu_template: Value,
-    #[serde(default)]
-    #[cfg_attr(test, schemars(skip))]
-    huge_pages: Value,
-    #[serde(default)]
-    #[cfg_attr(test, schemars(skip))]
-    smt: Value,
-    #[serde(default)]
-    #[cfg_attr(test, schemars(skip))]
-    track_dirty_pages: Value,
-}
-
-impl TryFrom<WireMachinePatch> for MachinePatch {
+impl TryFrom<WireMachine<Option<u64>>> for MachinePatch {
     type Error = String;
 
-    fn try_from(wire: WireMachinePatch) -> Result<Self, String> {
-        let lacking = [&wire.cpu_template, &wire.huge_pages, &wire.smt, &wire.track_dirty_pages];
-        if (wire.vcpu_count, wire.mem_size_mib) == (None, None) && lacking.iter().all(|value| value.is_null())
-        {
+    fn try_from(wire: WireMachine<Option<u64>>) -> Result<Self, String> {
+        let others = [&wire.cpu_template, &wire.huge_pages, &wire.smt, &wire.track_dirty_pages];
+        let has_others = others.iter().any(|value| !value.is_null());
+        let (vcpu_count, mem_size_mib) = wire.numbers()?;
+        if (vcpu_count, mem_size_mib) == (None, None) && !has_others {
             return Err("machine-config: a patch without a field".to_owned());
         }
-        refuse([
-            ("machine-config.cpu_template", wire.cpu_template),
-            ("machine-config.huge_pages", wire.huge_pages),
-            ("machine-config.smt", wire.smt),
-            ("machine-config.track_dirty_pages", wire.track_dirty_pages),
-        ])?;
-        Ok(Self { vcpu_count: wire.vcpu_count, mem_size_mib: wire.mem_size_mib })
+        Ok(Self { vcpu_count, mem_size_mib })
     }
 }
 
@@ -251,19 +231,18 @@ pub(crate) struct WireSerial {
     mode: Option<SerialMode>,
     #[serde(default)]
     serial_out_path: Option<PathBuf>,
-
     #[serde(default)]
-    #[cfg_attr(test, schemars(skip))]
-    rate_limiter: Value,
+    rate_limiter: Option<TokenBucket>,
 }
 
-impl TryFrom<WireSerial> for Serial {
-    type Error = String;
-
-    fn try_from(wire: WireSerial) -> Result<Self, String> {
-        refuse([("serial.rate_limiter", wire.rate_limiter)])?;
+impl From<WireSerial> for Serial {
+    fn from(wire: WireSerial) -> Self {
         let implied = if wire.serial_out_path.is_some() { SerialMode::File } else { SerialMode::Stdio };
-        Ok(Self { mode: wire.mode.unwrap_or(implied), serial_out_path: wire.serial_out_path })
+        Self {
+            mode: wire.mode.unwrap_or(implied),
+            serial_out_path: wire.serial_out_path,
+            rate_limiter: wire.rate_limiter,
+        }
     }
 }
 
@@ -339,9 +318,6 @@ mod tests {
         assert_eq!(read("{}"), SerialMode::Stdio);
         assert_eq!(read(r#"{"mode": "None"}"#), SerialMode::None);
         assert_eq!(read(r#"{"rate_limiter": null}"#), SerialMode::Stdio);
-        let limited = r#"{"rate_limiter": {"size": 1, "refill_time": 1}}"#;
-        let error = serde_json::from_str::<Serial>(limited).unwrap_err().to_string();
-        assert!(error.starts_with("serial.rate_limiter: not supported"), "{error}");
     }
 
     #[test]

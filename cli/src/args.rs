@@ -297,9 +297,11 @@ impl Console {
 
     fn serial(&self) -> Serial {
         match self {
-            Self::Stdio => Serial { mode: SerialMode::Stdio, serial_out_path: None },
-            Self::None => Serial { mode: SerialMode::None, serial_out_path: None },
-            Self::File(file) => Serial { mode: SerialMode::File, serial_out_path: Some(file.clone()) },
+            Self::Stdio => Serial::default(),
+            Self::None => Serial { mode: SerialMode::None, ..Serial::default() },
+            Self::File(file) => {
+                Serial { mode: SerialMode::File, serial_out_path: Some(file.clone()), ..Serial::default() }
+            }
         }
     }
 }

@@ -108,6 +108,30 @@ fn what_a_guest_does_is_what_is_counted() {
 }
 
 #[test]
+fn what_a_guest_prints_beyond_the_limit_is_dropped_and_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, console) = (folder.path().join("metrics"), folder.path().join("console"));
+    let monitor = ApiMonitor::with(folder.path(), &["--metrics-path".into(), path.clone().into()]);
+    let kernel = json!({"kernel_image_path": place::payload("chatter"), "boot_args": "lines=500"});
+    monitor.done("PUT /boot-source", &kernel.to_string());
+    let limit = json!({"size": 60, "one_time_burst": 40, "refill_time": 3_600_000});
+    let serial = json!({"serial_out_path": console, "rate_limiter": limit});
+    monitor.done("PUT /serial", &serial.to_string());
+    assert_eq!(monitor.ask("GET /vm/config", "").1["serial"]["rate_limiter"], limit);
+    monitor.done("PUT /actions", START);
+    monitor.finish();
+    let all: String = (1..=500).map(|line| format!("line {line}\n")).collect();
+    let printed = fs::read_to_string(&console).unwrap();
+    // One token comes in a minute.
+    assert!(all.starts_with(&printed) && (100..110).contains(&printed.len()), "{printed}");
+    let lines = lines(&path);
+    assert_eq!(total(&lines, "uart", "write_count"), all.len() as u64);
+    let dropped = all.len() - printed.len();
+    assert_eq!(total(&lines, "uart", "rate_limiter_dropped_bytes"), dropped as u64);
+    assert_eq!(total(&lines, "uart", "lost_bytes"), 0);
+}
+
+#[test]
 fn a_running_domain_tells_prometheus_and_writes_when_asked() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("metrics");

@@ -105,7 +105,7 @@ impl Board {
         buses.mmio.add(layout::IO_APIC, layout::IO_APIC_SIZE, io_apic.clone())?;
 
         let power_button = Arc::new(PowerButton::new(line(layout::EVENT_PIN)?));
-        let console = Console::new(line(layout::SERIAL_PIN)?, console.input, console.output)
+        let console = Console::new(line(layout::SERIAL_PIN)?, console.input, console.output, console.limit)
             .map_err(host("the console"))?;
         let i8042 = Arc::new(I8042::new(control.clone()));
         metrics.interrupts = io_apic.metrics();

@@ -229,6 +229,8 @@ pub struct ConsoleFiles {
     pub input: Option<OwnedFd>,
     /// What is printed.
     pub output: Option<OwnedFd>,
+    /// How much of that there may be; tokens are bytes.
+    pub limit: Option<TokenBucket>,
 }
 
 /// What is started, and by whom.
@@ -458,15 +460,17 @@ fn block_options(index: usize, drive: &Drive, inherited: &mut Inherited) -> Resu
 }
 
 fn open_console(serial: &config::Serial, inherited: &mut Inherited) -> Result<ConsoleFiles, StartError> {
-    match (serial.mode, &serial.serial_out_path) {
-        (SerialMode::None, _) => Ok(ConsoleFiles::default()),
-        (SerialMode::File, Some(path)) => open_serial(path, inherited),
+    let files = match (serial.mode, &serial.serial_out_path) {
+        (SerialMode::None, _) => ConsoleFiles::default(),
+        (SerialMode::File, Some(path)) => open_serial(path, inherited)?,
         // Validation has refused a mode `File` without a path.
-        (SerialMode::Stdio | SerialMode::File, _) => Ok(ConsoleFiles {
+        (SerialMode::Stdio | SerialMode::File, _) => ConsoleFiles {
             input: Some(duplicate("standard input", io::stdin().as_fd())?),
             output: Some(duplicate("standard output", io::stdout().as_fd())?),
-        }),
-    }
+            limit: None,
+        },
+    };
+    Ok(ConsoleFiles { limit: serial.rate_limiter.and_then(bucket), ..files })
 }
 
 fn open_serial(path: &Path, inherited: &mut Inherited) -> Result<ConsoleFiles, StartError> {
@@ -484,7 +488,7 @@ fn open_serial(path: &Path, inherited: &mut Inherited) -> Result<ConsoleFiles, S
                     what: format!("{field}: {}", path.display()),
                     source,
                 })?;
-            return Ok(ConsoleFiles { input: None, output: Some(file.into()) });
+            return Ok(ConsoleFiles { output: Some(file.into()), ..Default::default() });
         }
     };
     let (output, readable) = inherited.writable(fd).map_err(bad_descriptor(field))?;
@@ -499,7 +503,7 @@ fn open_serial(path: &Path, inherited: &mut Inherited) -> Result<ConsoleFiles, S
     } else {
         None
     };
-    Ok(ConsoleFiles { input, output: Some(output) })
+    Ok(ConsoleFiles { input, output: Some(output), limit: None })
 }
 
 fn duplicate(what: &str, fd: BorrowedFd<'_>) -> Result<OwnedFd, StartError> {

@@ -101,7 +101,8 @@ fn the_line_of_the_issue() {
     assert_eq!(config.drives[0].drive_id, "root");
     assert_eq!(config.drives[1].drive_id, "drive1");
     assert_eq!(config.vsock, Some(Vsock { guest_cid: 5, uds_path: "d.sock".into() }));
-    assert_eq!(config.serial, Serial { mode: SerialMode::File, serial_out_path: Some("F".into()) });
+    let file = Serial { mode: SerialMode::File, serial_out_path: Some("F".into()), ..Serial::default() };
+    assert_eq!(config.serial, file);
     assert_eq!(config.confidential.platform, PlatformChoice::Plain);
     assert_eq!(config.stop_timeout_ms, 500);
 }

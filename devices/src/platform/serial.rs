@@ -61,6 +61,8 @@ group! {
         pub error_count: Counter,
         /// Bytes of the guest that were dropped, as the console's output had failed or the domain had ended
         pub lost_bytes: Counter,
+        /// Bytes of the guest that were dropped, as they were beyond the console's limit
+        pub rate_limiter_dropped_bytes: Counter,
     }
 }
 
@@ -208,6 +210,7 @@ impl SerialEvents for InputGate {
 mod tests {
     use super::*;
     use crate::platform::testing::*;
+    use crate::rate_limiter::RateLimiter;
     use proptest::prelude::*;
 
     struct Port {
@@ -220,7 +223,7 @@ mod tests {
     impl Port {
         fn new() -> Self {
             let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
-            let queue = Arc::new(OutputQueue::new(wake.clone()));
+            let queue = Arc::new(OutputQueue::new(wake.clone(), RateLimiter::default()));
             let edges = Arc::new(Edges::default());
             let port = SerialPort::new(edges.clone(), Some(queue.clone()), wake.clone());
             Self { port, queue, edges, wake }

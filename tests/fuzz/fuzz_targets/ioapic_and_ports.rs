@@ -107,7 +107,7 @@ impl Rig {
         let (reader, input) = io::pipe().unwrap();
         let output = std::fs::OpenOptions::new().write(true).open("/dev/null").unwrap();
         let console = Arc::new(
-            Console::new(line(layout::SERIAL_PIN), Some(reader.into()), Some(output.into())).unwrap(),
+            Console::new(line(layout::SERIAL_PIN), Some(reader.into()), Some(output.into()), None).unwrap(),
         );
         let devices: [Arc<dyn BusDevice>; 6] = [
             Arc::new(I8042::new(requests.clone())),

@@ -9,8 +9,8 @@
 //!                                                            stdin
 //! ```
 //!
-//! Output is byte-exact and never dropped while the domain runs: a reader that
-//! does not read fills the pipe, then the queue, and then makes the vCPU wait that
+//! Output is byte-exact and, unless a limit on it is configured, never dropped
+//! while the domain runs: a reader that does not read fills the pipe, then the queue, and then makes the vCPU wait that
 //! prints. The event loop itself never waits. It writes what there is when woken,
 //! then looks again every [`LINGER`] as long as more comes, so a line of text
 //! costs two or three system calls and not one per byte. While the sink is full,
@@ -43,6 +43,7 @@ use self::source::Source;
 use super::lock;
 use super::serial::SerialPort;
 use crate::interrupt::InterruptLine;
+use crate::rate_limiter::{RateLimiter, RateLimits, TokenBucket};
 use crate::sink::{CHUNK, Sink};
 
 /// How long the event loop lets output gather before it looks again.
@@ -83,17 +84,21 @@ enum Drained {
 }
 
 impl Console {
-    /// A console whose serial port raises `line`, that reads `input` and writes `output`, where there are such.
+    /// A console whose serial port raises `line`, that reads `input` and writes `output`, where there are such. What
+    /// the guest sends beyond `limit`, whose tokens are bytes, is dropped and counted.
     pub fn new(
         line: Arc<dyn InterruptLine>,
         input: Option<OwnedFd>,
         output: Option<OwnedFd>,
+        limit: Option<TokenBucket>,
     ) -> io::Result<Self> {
+        let limits = RateLimits { bandwidth: limit, operations: None };
+        let limiter = RateLimiter::new(limits, Instant::now()).map_err(io::Error::other)?;
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
         let timer =
             timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
         let sink = output.map(Sink::new);
-        let queue = sink.is_some().then(|| Arc::new(OutputQueue::new(wake.clone())));
+        let queue = sink.is_some().then(|| Arc::new(OutputQueue::new(wake.clone(), limiter)));
         Ok(Self {
             port: Arc::new(SerialPort::new(line, queue.clone(), wake.clone())),
             queue,

@@ -7,26 +7,29 @@
 //! that finds nobody attending wakes the loop. The loop attends until it has
 //! found the queue empty once more ([`OutputQueue::leave`]).
 //!
-//! Nothing is dropped while the domain runs: a vCPU that finds the queue full
-//! waits ([`OutputQueue::wait_for_room`]), which slows the guest down to its
+//! Nothing is dropped while the domain runs, but what is beyond a limit on the
+//! bandwidth if there is one: a vCPU that finds the queue full waits ([`OutputQueue::wait_for_room`]), which slows the guest down to its
 //! reader. Each vCPU waits before, not while, it pushes, so the queue may outgrow
 //! its capacity by one byte per vCPU.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Instant;
 
 use cofferdam_firmware::layout::MAX_VCPUS;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::platform::lock;
 use crate::platform::serial::UartMetrics;
+use crate::rate_limiter::RateLimiter;
 
 /// Bytes that the queue holds before a vCPU has to wait.
 pub const CAPACITY: usize = 64 << 10;
 
 struct State {
     bytes: VecDeque<u8>,
+    limiter: RateLimiter,
     attended: bool,
     closed: bool,
 }
@@ -42,11 +45,12 @@ pub struct OutputQueue {
 }
 
 impl OutputQueue {
-    /// An empty queue that writes to `wake` when the event loop should look at it.
-    pub fn new(wake: Arc<EventFd>) -> Self {
+    /// An empty queue that writes to `wake` when the event loop should look at it. It takes as many bytes as `limiter`
+    /// lets pass.
+    pub fn new(wake: Arc<EventFd>, limiter: RateLimiter) -> Self {
         let bytes = VecDeque::with_capacity(CAPACITY + usize::from(MAX_VCPUS));
         Self {
-            state: Mutex::new(State { bytes, attended: false, closed: false }),
+            state: Mutex::new(State { bytes, limiter, attended: false, closed: false }),
             full: AtomicBool::new(false),
             room: Condvar::new(),
             wake,
@@ -70,12 +74,19 @@ impl OutputQueue {
         }
     }
 
-    /// Appends a byte, or drops it if the queue is closed.
+    /// Appends a byte, or drops it if the queue is closed or the byte is beyond the limit.
     pub fn push(&self, byte: u8) {
         let mut state = lock(&self.state);
         if state.closed {
             self.metrics.lost_bytes.count();
             return;
+        }
+        if !state.limiter.is_unlimited() {
+            if state.limiter.wait(Instant::now()).is_some() {
+                self.metrics.rate_limiter_dropped_bytes.count();
+                return;
+            }
+            state.limiter.take(0, 1);
         }
         state.bytes.push_back(byte);
         if state.bytes.len() >= CAPACITY {
@@ -143,12 +154,13 @@ impl OutputQueue {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rate_limiter::{RateLimits, TokenBucket};
     use std::sync::mpsc;
     use std::time::Duration;
 
     fn new() -> (Arc<EventFd>, Arc<OutputQueue>) {
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
-        (wake.clone(), Arc::new(OutputQueue::new(wake)))
+        (wake.clone(), Arc::new(OutputQueue::new(wake, RateLimiter::default())))
     }
 
     fn peek(queue: &OutputQueue) -> Vec<u8> {
@@ -174,6 +186,24 @@ mod tests {
         assert!(queue.leave());
         queue.push(b'?');
         assert_eq!(wake.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn what_is_beyond_the_limit_is_dropped_and_counted() {
+        let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let hour = Duration::from_secs(3600);
+        let bandwidth = Some(TokenBucket { size: 3, one_time_burst: 2, refill_time: hour });
+        let limits = RateLimits { bandwidth, operations: None };
+        let queue = OutputQueue::new(wake, RateLimiter::new(limits, Instant::now()).unwrap());
+        for byte in *b"hello, world" {
+            queue.push(byte);
+        }
+        assert_eq!(peek(&queue), b"hello");
+        assert_eq!(queue.metrics().rate_limiter_dropped_bytes.total(), 7);
+        assert_eq!(queue.dropped(), 0);
+        queue.discard();
+        queue.push(b'!');
+        assert_eq!(queue.dropped(), 6, "what a closed queue drops is not the limit's");
     }
 
     /// Fills `queue`, and lets a thread wait for room, which it reports.

@@ -21,7 +21,7 @@ struct Rig {
 
 impl Rig {
     fn new(input: Option<OwnedFd>, output: Option<OwnedFd>) -> Self {
-        let console = Arc::new(Console::new(Arc::new(Edges::default()), input, output).unwrap());
+        let console = Arc::new(Console::new(Arc::new(Edges::default()), input, output, None).unwrap());
         let mut manager = EventManager::new().unwrap();
         manager.add_subscriber(console.clone());
         Self { console, manager }
