@@ -16,7 +16,6 @@ use std::io::Read;
 use std::process::{self, ExitCode};
 use std::sync::Arc;
 
-use clap::Parser;
 use cofferdam_api::config::{DomainConfig, MAX_CONFIG_SIZE};
 use cofferdam_api::source::Source;
 use cofferdam_api::status::{Event, ExitReason, Outcome};
@@ -39,7 +38,7 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 fn main() -> ExitCode {
     // The guest's memory is nobody's to trace or dump. It cannot fail with this argument.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
-    let arguments = match Arguments::try_parse() {
+    let arguments = match Arguments::of_process() {
         Ok(arguments) => arguments,
         Err(error) => {
             let _ = error.print();

@@ -1,11 +1,14 @@
 //! The command line of `cofferdam-vmm`.
 
+use std::env;
 use std::path::PathBuf;
 
 use clap::{Command, CommandFactory, Parser};
 use cofferdam_api::observe::{LogFormat, LogLevel, LoggerConfig, MetricsConfig};
 use cofferdam_api::server::DEFAULT_MAX_PAYLOAD;
 use cofferdam_api::source::Source;
+
+mod plain;
 
 /// As Firecracker's, so that what reads its version reads this one's.
 const VERSION: &str = concat!("v", env!("CARGO_PKG_VERSION"));
@@ -17,8 +20,11 @@ Exit status: 0 or the guest's own code after a power-off; 121 reboot or panic; 1
 
 SIGTERM, SIGINT and SIGHUP press the domain's power button; a second one stops it hard.";
 
+/// Name of a domain that was given none: Firecracker's.
+const DEFAULT_ID: &str = "anonymous-instance";
+
 /// Run one domain in this process, until it stops.
-#[derive(Debug, Parser)]
+#[derive(Debug, Default, PartialEq, Eq, Parser)]
 #[command(name = "cofferdam-vmm", display_name = "Cofferdam", version = VERSION, after_help = EXIT_STATUS)]
 pub struct Arguments {
     /// The domain's configuration, as JSON: a path, or fd:N for an inherited descriptor. The domain starts at
@@ -50,7 +56,7 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     pub status_file: Option<Source>,
     /// Name of the domain, for messages
-    #[arg(long, default_value = "anonymous-instance")]
+    #[arg(long, default_value = DEFAULT_ID)]
     pub id: String,
     /// CLOCK_MONOTONIC, in microseconds, from which the phases of the launch are counted [default: now]
     #[arg(long, value_name = "MICROSECONDS")]
@@ -80,6 +86,11 @@ pub struct Arguments {
 }
 
 impl Arguments {
+    /// Those of this process. An error is what there is to print, help too.
+    pub fn of_process() -> Result<Self, clap::Error> {
+        plain::read(env::args_os().skip(1)).map_or_else(Self::try_parse, Ok)
+    }
+
     /// What is said of the log.
     pub fn logger(&self) -> LoggerConfig {
         LoggerConfig {
