@@ -233,7 +233,7 @@ fn launch(
     let memory = memory::map(memory_size(config))?;
     let launch = vm.add_memory(memory.clone())?;
     clock.reached("memory");
-    let template = CpuTemplate::new(&resources.kvm, count).map_err(internal("KVM_GET_SUPPORTED_CPUID"))?;
+    let mut template = CpuTemplate::new(&resources.kvm, count).map_err(internal("CPUID"))?;
     let (entry, window): (Box<dyn EntryState>, _) = match resources.boot {
         Boot::Direct(plan) => {
             let entry = plan.load(&memory)?;
@@ -251,7 +251,7 @@ fn launch(
     clock.reached("vcpus");
 
     for (index, vcpu) in (0..).zip(launch.vcpus()) {
-        arch::set_up(vcpu, index, &template, &*entry)?;
+        arch::set_up(vcpu, index, &mut template, &*entry)?;
     }
     let (board, buses) =
         Board::new(launch.vm(), &memory, control, resources.console, resources.virtio, metrics)?;

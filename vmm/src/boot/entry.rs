@@ -110,12 +110,12 @@ impl Entry {
 }
 
 impl EntryState for Entry {
-    fn regs(&self, _: kvm_regs) -> kvm_regs {
+    fn regs(&self) -> Option<kvm_regs> {
         let regs = kvm_regs { rip: self.instruction, rflags: RFLAGS_FIXED, ..kvm_regs::default() };
-        match self.mode {
+        Some(match self.mode {
             Mode::Pvh => kvm_regs { rbx: layout::PVH_START_INFO, ..regs },
             Mode::Linux64 => kvm_regs { rsi: layout::BOOT_PARAMS, ..regs },
-        }
+        })
     }
 
     fn sregs(&self, base: kvm_sregs) -> kvm_sregs {
@@ -202,7 +202,7 @@ mod tests {
     #[test]
     fn linux64_state() {
         let entry = Entry::linux64(0x100_0200);
-        let regs = entry.regs(kvm_regs::default());
+        let regs = entry.regs().unwrap();
         assert_eq!((regs.rip, regs.rsi, regs.rbx, regs.rflags), (0x100_0200, 0x7000, 0, 2));
         let base = kvm_sregs { apic_base: 0xfee0_0900, cr4: 0x40, ..kvm_sregs::default() };
         let sregs = entry.sregs(base);
@@ -215,7 +215,7 @@ mod tests {
     #[test]
     fn pvh_state() {
         let entry = Entry::pvh(0x100_0070);
-        let regs = entry.regs(kvm_regs::default());
+        let regs = entry.regs().unwrap();
         assert_eq!((regs.rip, regs.rsi, regs.rbx, regs.rflags), (0x100_0070, 0, 0x6000, 2));
         let base = kvm_sregs { cr0: 0x6000_0010, cr3: 1, cr4: 0x40, efer: 1, ..kvm_sregs::default() };
         let sregs = entry.sregs(base);

@@ -6,6 +6,7 @@
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
+use thiserror::Error;
 
 /// Leaf 1, ECX: the local APIC timer has a TSC deadline mode. Not part of what KVM lists, but of what its
 /// in-kernel local APIC does where `KVM_CAP_TSC_DEADLINE_TIMER` says so.
@@ -22,13 +23,33 @@ const AMD_VENDORS: [&[u8; 12]; 2] = [b"AuthenticAMD", b"HygonGenuine"];
 /// Leaf 7, EBX: SHA1RNDS4, SHA256RNDS2 and their neighbours.
 const SHA: u32 = 1 << 29;
 
+/// Subleaves of leaf 0xB: threads, cores, the end.
+const TOPOLOGY_LEVELS: u32 = 3;
 /// Level types of leaves 0xB and 0x1F.
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
-/// What all vCPUs of a domain have in common.
+/// Why there is no CPUID for a domain.
+#[derive(Debug, Error)]
+pub enum CpuidError {
+    /// KVM does not say what it supports.
+    #[error("KVM_GET_SUPPORTED_CPUID: {0}")]
+    Supported(#[from] kvm_ioctls::Error),
+    /// More entries than KVM takes.
+    #[error("KVM_SET_CPUID2 takes no more than {KVM_MAX_CPUID_ENTRIES} entries")]
+    TooMany,
+}
+
+/// What the vCPUs of a domain have in common.
 pub struct CpuTemplate {
-    entries: Vec<kvm_cpuid_entry2>,
+    /// In KVM's own buffer, which each vCPU makes its own in turn: copies would be noticed in a start.
+    cpuid: CpuId,
+    domain: Domain,
+}
+
+/// What is adjusted to.
+#[derive(Clone, Copy)]
+struct Domain {
     count: u8,
     amd: bool,
     tsc_deadline: bool,
@@ -36,39 +57,45 @@ pub struct CpuTemplate {
 
 impl CpuTemplate {
     /// What KVM supports on this host, for a domain of `count` vCPUs.
-    pub fn new(kvm: &Kvm, count: u8) -> Result<Self, kvm_ioctls::Error> {
+    pub fn new(kvm: &Kvm, count: u8) -> Result<Self, CpuidError> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        Ok(Self::of(supported.as_slice().to_vec(), count, tsc_deadline))
+        Self::of(supported, count, tsc_deadline)
     }
 
-    fn of(entries: Vec<kvm_cpuid_entry2>, count: u8, tsc_deadline: bool) -> Self {
-        let amd = entries.iter().find(|entry| entry.function == 0).is_some_and(|entry| {
+    fn of(mut cpuid: CpuId, count: u8, tsc_deadline: bool) -> Result<Self, CpuidError> {
+        let amd = cpuid.as_slice().iter().find(|entry| entry.function == 0).is_some_and(|entry| {
             let vendor = [entry.ebx, entry.edx, entry.ecx].map(u32::to_le_bytes);
             AMD_VENDORS.iter().any(|name| name[..] == *vendor.as_flattened())
         });
-        Self { entries, count, amd, tsc_deadline }
+        let length = cpuid.as_slice().len();
+        cpuid.retain(|entry| !matches!(entry.function, 0xB | 0x1F));
+        if cpuid.as_slice().len() != length {
+            for index in 0..TOPOLOGY_LEVELS {
+                let flags = kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+                let level = kvm_cpuid_entry2 { function: 0xB, index, flags, ..Default::default() };
+                cpuid.push(level).map_err(|_| CpuidError::TooMany)?;
+            }
+        }
+        Ok(Self { cpuid, domain: Domain { count, amd, tsc_deadline } })
     }
 
     /// Whether KVM offers the SHA instructions.
     pub fn has_sha(&self) -> bool {
-        self.entries.iter().any(|entry| (entry.function, entry.index) == (7, 0) && entry.ebx & SHA != 0)
+        let mut entries = self.cpuid.as_slice().iter();
+        entries.any(|entry| (entry.function, entry.index) == (7, 0) && entry.ebx & SHA != 0)
     }
 
-    /// CPUID of the vCPU with APIC id `id`. An error means more entries than KVM takes.
-    pub fn for_vcpu(&self, id: u8) -> Result<CpuId, vmm_sys_util::fam::Error> {
-        let mut entries: Vec<_> =
-            self.entries.iter().filter(|entry| !matches!(entry.function, 0xB | 0x1F)).copied().collect();
-        let has_leaf_b = entries.len() != self.entries.len();
-        for entry in &mut entries {
-            self.adjust(entry, id);
+    /// CPUID of the vCPU with APIC id `id`.
+    pub fn for_vcpu(&mut self, id: u8) -> &CpuId {
+        for entry in self.cpuid.as_mut_slice() {
+            self.domain.adjust(entry, id);
         }
-        if has_leaf_b {
-            entries.extend(self.extended_topology(id));
-        }
-        CpuId::from_entries(&entries)
+        &self.cpuid
     }
+}
 
+impl Domain {
     /// Bits that an APIC id needs.
     fn id_bits(&self) -> u32 {
         u32::from(self.count).next_power_of_two().trailing_zeros()
@@ -100,31 +127,22 @@ impl CpuTemplate {
             (0x8000_0001, _) if self.amd && count > 1 => entry.ecx |= AMD_LEGACY_MULTICORE,
             (0x8000_0001, _) => entry.ecx &= !AMD_LEGACY_MULTICORE,
             (0x8000_0008, _) if self.amd => entry.ecx = self.id_bits() << 12 | others,
+            // Thread level, core level, end.
+            (0xB, level) => {
+                (entry.eax, entry.ebx, entry.ecx) = match level {
+                    0 => (0, 1, LEVEL_THREAD << 8),
+                    1 => (self.id_bits(), count, LEVEL_CORE << 8),
+                    _ => (0, 0, 0),
+                };
+                entry.ecx |= level;
+                entry.edx = u32::from(id);
+            }
             // Extended APIC id; core id, one thread per core; node 0 of 1.
             (0x8000_001E, _) => {
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) = (u32::from(id), u32::from(id), 0, 0);
             }
             _ => {}
         }
-    }
-
-    /// Leaf 0xB: thread level, core level, end.
-    fn extended_topology(&self, id: u8) -> [kvm_cpuid_entry2; 3] {
-        let level = |index, kind: u32, shift, processors| kvm_cpuid_entry2 {
-            function: 0xB,
-            index,
-            flags: kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
-            eax: shift,
-            ebx: processors,
-            ecx: kind << 8 | index,
-            edx: u32::from(id),
-            ..Default::default()
-        };
-        [
-            level(0, LEVEL_THREAD, 0, 1),
-            level(1, LEVEL_CORE, self.id_bits(), u32::from(self.count)),
-            level(2, 0, 0, 0),
-        ]
     }
 }
 
@@ -155,7 +173,7 @@ mod tests {
             entry(0x8000_0008, 0, 0x3030),
             entry(0x8000_001E, 0, 0),
         ];
-        CpuTemplate::of(entries, count, true)
+        CpuTemplate::of(CpuId::from_entries(&entries).unwrap(), count, true).unwrap()
     }
 
     fn leaf(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -165,22 +183,23 @@ mod tests {
     #[test]
     fn topology_says_one_thread_per_core() {
         for count in [1, 2, 3, 8, 32] {
+            let mut template = template(count);
             for id in 0..count {
-                let cpuid = template(count).for_vcpu(id).unwrap();
+                let cpuid = template.for_vcpu(id);
                 let bits = u32::from(count).next_power_of_two().trailing_zeros();
                 let n = u32::from(count);
-                assert_eq!(leaf(&cpuid, 1, 0).ebx >> 24, u32::from(id));
-                assert_eq!(leaf(&cpuid, 1, 0).edx & HYPERTHREADING != 0, count > 1);
-                assert_eq!(leaf(&cpuid, 0xB, 0).ebx, 1);
-                assert_eq!(leaf(&cpuid, 0xB, 0).eax, 0);
-                assert_eq!((leaf(&cpuid, 0xB, 1).eax, leaf(&cpuid, 0xB, 1).ebx), (bits, n));
-                assert_eq!(leaf(&cpuid, 0xB, 1).edx, u32::from(id));
-                assert_eq!(leaf(&cpuid, 0xB, 2).ecx >> 8, 0);
-                assert_eq!(leaf(&cpuid, 4, 0).eax >> 14 & 0xFFF, 0, "level 1 is private");
-                assert_eq!(leaf(&cpuid, 4, 3).eax >> 14 & 0xFFF, n - 1, "level 3 is shared by all");
-                assert_eq!(leaf(&cpuid, 4, 0).eax >> 26, n - 1);
-                assert_eq!(leaf(&cpuid, 0x8000_0008, 0).ecx, bits << 12 | (n - 1));
-                assert_eq!(leaf(&cpuid, 0x8000_001E, 0).ebx, u32::from(id));
+                assert_eq!(leaf(cpuid, 1, 0).ebx >> 24, u32::from(id));
+                assert_eq!(leaf(cpuid, 1, 0).edx & HYPERTHREADING != 0, count > 1);
+                assert_eq!(leaf(cpuid, 0xB, 0).ebx, 1);
+                assert_eq!(leaf(cpuid, 0xB, 0).eax, 0);
+                assert_eq!((leaf(cpuid, 0xB, 1).eax, leaf(cpuid, 0xB, 1).ebx), (bits, n));
+                assert_eq!(leaf(cpuid, 0xB, 1).edx, u32::from(id));
+                assert_eq!(leaf(cpuid, 0xB, 2).ecx >> 8, 0);
+                assert_eq!(leaf(cpuid, 4, 0).eax >> 14 & 0xFFF, 0, "level 1 is private");
+                assert_eq!(leaf(cpuid, 4, 3).eax >> 14 & 0xFFF, n - 1, "level 3 is shared by all");
+                assert_eq!(leaf(cpuid, 4, 0).eax >> 26, n - 1);
+                assert_eq!(leaf(cpuid, 0x8000_0008, 0).ecx, bits << 12 | (n - 1));
+                assert_eq!(leaf(cpuid, 0x8000_001E, 0).ebx, u32::from(id));
             }
         }
     }
@@ -188,9 +207,10 @@ mod tests {
     #[test]
     fn what_only_amd_defines_is_left_alone_elsewhere() {
         for (vendor, is_amd) in [(b"AuthenticAMD", true), (b"HygonGenuine", true), (b"GenuineIntel", false)] {
-            let cpuid = template_of(vendor, 4).for_vcpu(0).unwrap();
-            assert_eq!(leaf(&cpuid, 0x8000_0001, 0).ecx & AMD_LEGACY_MULTICORE != 0, is_amd);
-            assert_eq!(leaf(&cpuid, 0x8000_0008, 0).ecx != 0, is_amd);
+            let mut template = template_of(vendor, 4);
+            let cpuid = template.for_vcpu(0);
+            assert_eq!(leaf(cpuid, 0x8000_0001, 0).ecx & AMD_LEGACY_MULTICORE != 0, is_amd);
+            assert_eq!(leaf(cpuid, 0x8000_0008, 0).ecx != 0, is_amd);
         }
     }
 
@@ -198,17 +218,20 @@ mod tests {
     fn the_deadline_timer_is_there_only_if_kvm_has_it() {
         for has_it in [true, false] {
             let entries = vec![kvm_cpuid_entry2 { ecx: TSC_DEADLINE, ..entry(1, 0, 0) }];
-            let cpuid = CpuTemplate::of(entries, 1, has_it).for_vcpu(0).unwrap();
-            assert_eq!(leaf(&cpuid, 1, 0).ecx & TSC_DEADLINE != 0, has_it);
+            let mut template =
+                CpuTemplate::of(CpuId::from_entries(&entries).unwrap(), 1, has_it).unwrap();
+            let cpuid = template.for_vcpu(0);
+            assert_eq!(leaf(cpuid, 1, 0).ecx & TSC_DEADLINE != 0, has_it);
         }
     }
 
     #[test]
     fn stale_topology_and_counters_are_gone() {
-        let cpuid = template(2).for_vcpu(0).unwrap();
+        let mut template = template(2);
+        let cpuid = template.for_vcpu(0);
         assert!(!cpuid.as_slice().iter().any(|e| e.function == 0x1F));
         assert_eq!(cpuid.as_slice().iter().filter(|e| e.function == 0xB).count(), 3);
-        assert_eq!(leaf(&cpuid, 0xA, 0).eax, 0);
-        assert_eq!(leaf(&cpuid, 1, 0).ecx, TSC_DEADLINE | HYPERVISOR);
+        assert_eq!(leaf(cpuid, 0xA, 0).eax, 0);
+        assert_eq!(leaf(cpuid, 1, 0).ecx, TSC_DEADLINE | HYPERVISOR);
     }
 }

@@ -50,11 +50,11 @@ pub enum VcpuSetupError {
     },
 }
 
-/// The registers with which the first vCPU begins, out of those with which KVM resets it.
+/// The registers with which the first vCPU begins.
 pub trait EntryState {
-    /// The general registers.
-    fn regs(&self, base: kvm_regs) -> kvm_regs;
-    /// The system registers.
+    /// The general registers; `None` leaves them as KVM resets them.
+    fn regs(&self) -> Option<kvm_regs>;
+    /// The system registers, out of those with which KVM resets it.
     fn sregs(&self, base: kvm_sregs) -> kvm_sregs;
 }
 
@@ -63,19 +63,18 @@ pub trait EntryState {
 pub fn set_up(
     vcpu: &VcpuFd,
     index: u8,
-    template: &CpuTemplate,
+    template: &mut CpuTemplate,
     entry: &dyn EntryState,
 ) -> Result<(), VcpuSetupError> {
     let call = |call| move |source| VcpuSetupError::Call { vcpu: index, call, source };
-    let cpuid =
-        template.for_vcpu(index).map_err(|_| VcpuSetupError::TooMany { vcpu: index, entries: "CPUID" })?;
-    vcpu.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
+    vcpu.set_cpuid2(template.for_vcpu(index)).map_err(call("KVM_SET_CPUID2"))?;
     set_msrs(vcpu, index)?;
     if index == 0 {
         let sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
         vcpu.set_sregs(&entry.sregs(sregs)).map_err(call("KVM_SET_SREGS"))?;
-        let regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
-        vcpu.set_regs(&entry.regs(regs)).map_err(call("KVM_SET_REGS"))?;
+        if let Some(regs) = entry.regs() {
+            vcpu.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
+        }
     }
     Ok(())
 }
