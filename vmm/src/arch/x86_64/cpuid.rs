@@ -218,8 +218,7 @@ mod tests {
     fn the_deadline_timer_is_there_only_if_kvm_has_it() {
         for has_it in [true, false] {
             let entries = vec![kvm_cpuid_entry2 { ecx: TSC_DEADLINE, ..entry(1, 0, 0) }];
-            let mut template =
-                CpuTemplate::of(CpuId::from_entries(&entries).unwrap(), 1, has_it).unwrap();
+            let mut template = CpuTemplate::of(CpuId::from_entries(&entries).unwrap(), 1, has_it).unwrap();
             let cpuid = template.for_vcpu(0);
             assert_eq!(leaf(cpuid, 1, 0).ecx & TSC_DEADLINE != 0, has_it);
         }
