@@ -327,6 +327,8 @@ pub enum PlatformChoice {
     Auto,
     /// An ordinary virtual machine; the host can read and change everything in it.
     Plain,
+    /// AMD SEV-SNP; it needs an image.
+    Snp,
 }
 
 #[cfg(test)]

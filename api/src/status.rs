@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 pub enum Platform {
     /// An ordinary virtual machine: not protected.
     Plain,
+    /// AMD SEV-SNP.
+    Snp,
 }
 
 /// Why a domain stopped, or why it never ran.
@@ -75,6 +77,9 @@ pub struct Identity {
     pub predicted_digests: BTreeMap<String, String>,
     /// The launch digest of this domain, in hexadecimal; null where nothing was measured.
     pub digest: Option<String>,
+    /// The guest policy that the platform enforces, in hexadecimal (`0x30000`); null where it has none.
+    #[serde(default)]
+    pub policy: Option<String>,
 }
 
 /// How a domain ended.
@@ -233,7 +238,7 @@ mod tests {
         let text = serde_json::to_string(&outcome(ExitReason::PowerOff, None)).unwrap();
         assert_eq!(
             text,
-            r#"{"platform":"plain","protected":false,"image_hash":null,"predicted_digests":{},"digest":null,"exit_reason":"power_off","exit_code":null,"message":"m","phases":{"user_space":7}}"#
+            r#"{"platform":"plain","protected":false,"image_hash":null,"predicted_digests":{},"digest":null,"policy":null,"exit_reason":"power_off","exit_code":null,"message":"m","phases":{"user_space":7}}"#
         );
     }
 

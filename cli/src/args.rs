@@ -309,10 +309,12 @@ impl Console {
 /// The value of `--platform`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum PlatformArg {
-    /// The best that the host offers
+    /// The best that host and image offer
     Auto,
     /// An ordinary virtual machine: the host can read and change everything in it
     Plain,
+    /// AMD SEV-SNP
+    Snp,
 }
 
 /// The value of `--boot`.
@@ -384,6 +386,7 @@ impl RunArgs {
                 platform: match self.platform {
                     PlatformArg::Auto => PlatformChoice::Auto,
                     PlatformArg::Plain => PlatformChoice::Plain,
+                    PlatformArg::Snp => PlatformChoice::Snp,
                 },
             },
             stop_timeout_ms: u64::try_from(self.stop_timeout.as_millis()).unwrap_or(u64::MAX),

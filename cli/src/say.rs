@@ -40,6 +40,7 @@ pub fn running(id: &str, platform: Platform, protected: bool) -> String {
 pub fn platform_name(platform: Platform) -> &'static str {
     match platform {
         Platform::Plain => "plain",
+        Platform::Snp => "snp",
     }
 }
 

@@ -5,13 +5,15 @@ use std::sync::Arc;
 use cofferdam_api::status;
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
-use crate::platform::{LaunchError, MemorySlot, Platform};
+use crate::image::importer::{ImagePlatform, PlatformInfo, SnpIdBlock, VcpuContext};
+use crate::platform::{LaunchError, LaunchPages, MemorySlot, Platform, Ram, Sealed};
+use crate::private_memory::PrivateMemory;
 
 /// A launch in one of its states.
 pub struct Launch<S> {
-    platform: Arc<dyn Platform>,
+    platform: Box<dyn Platform>,
     vm: Arc<VmFd>,
     state: S,
 }
@@ -21,13 +23,18 @@ pub struct Created(());
 
 /// The VM has its memory.
 pub struct Populated {
-    memory: Arc<GuestMemoryMmap>,
+    memory: Memory,
 }
 
 /// The VM has its vCPUs.
 pub struct WithVcpus {
-    memory: Arc<GuestMemoryMmap>,
+    memory: Memory,
     vcpus: Vec<VcpuFd>,
+}
+
+struct Memory {
+    shared: Arc<GuestMemoryMmap>,
+    private: Option<Arc<PrivateMemory>>,
 }
 
 /// What [`Launch::finish`] leaves: a VM that can run.
@@ -38,12 +45,15 @@ pub struct Launched {
     pub vcpus: Vec<VcpuFd>,
     /// Its memory, mapped as long as the VM lives.
     pub memory: Arc<GuestMemoryMmap>,
-    platform: Arc<dyn Platform>,
+    /// Its private memory, where the platform has such.
+    pub private: Option<Arc<PrivateMemory>>,
+    platform: status::Platform,
+    sealed: Sealed,
 }
 
 impl Launch<Created> {
     /// Creates a VM of the platform's type.
-    pub fn new(kvm: &Kvm, platform: Arc<dyn Platform>) -> Result<Self, LaunchError> {
+    pub fn new(kvm: &Kvm, mut platform: Box<dyn Platform>) -> Result<Self, LaunchError> {
         let vm_type = platform.vm_type();
         let vm = kvm
             .create_vm_with_type(vm_type)
@@ -52,32 +62,61 @@ impl Launch<Created> {
         Ok(Self { platform, vm: Arc::new(vm), state: Created(()) })
     }
 
-    /// Gives the VM its RAM, a slot per region.
+    /// Gives the VM its RAM, a slot per region, each of which is a mapping of a memfd where memory can be private.
     ///
     /// This comes before the interrupt controller and the vCPUs: a slot added after them
     /// waits some milliseconds for an SRCU grace period in the kernel.
-    pub fn add_memory(self, memory: Arc<GuestMemoryMmap>) -> Result<Launch<Populated>, LaunchError> {
-        for (slot, region) in (0..).zip(memory.iter()) {
-            self.platform.add_memory(
-                &self.vm,
-                &MemorySlot {
-                    slot,
-                    guest_address: region.start_addr().raw_value(),
-                    length: region.len(),
-                    host_address: region.as_ptr() as u64,
-                    read_only: false,
-                },
-            )?;
-        }
+    pub fn add_memory(mut self, memory: Arc<GuestMemoryMmap>) -> Result<Launch<Populated>, LaunchError> {
+        let ram: Vec<_> = (0..).zip(memory.iter()).map(|(number, region)| ram(number, region)).collect();
+        let private = self.platform.add_memory(&self.vm, &ram)?;
+        let memory = Memory { shared: memory, private };
         Ok(Launch { platform: self.platform, vm: self.vm, state: Populated { memory } })
+    }
+}
+
+fn ram(slot: u32, region: &GuestRegionMmap) -> Ram {
+    Ram {
+        slot: MemorySlot {
+            slot,
+            guest_address: region.start_addr().raw_value(),
+            length: region.len(),
+            host_address: region.as_ptr() as u64,
+            read_only: false,
+        },
+        file: region.file_offset().cloned(),
     }
 }
 
 impl Launch<Populated> {
     /// Gives the VM a range of memory beside its RAM, for the same reason at this time. The mapping behind it must stay
-    /// until [`Launched::remove_window`], or as long as the VM.
+    /// until [`memory_slot::remove`](crate::memory_slot::remove), or as long as the VM.
     pub fn add_window(&self, slot: &MemorySlot) -> Result<(), LaunchError> {
-        self.platform.add_memory(&self.vm, slot)
+        self.platform.add_window(&self.vm, slot)
+    }
+
+    /// Begins to load an image, of which `info` tells.
+    pub fn begin(&mut self, info: &PlatformInfo) -> Result<(), LaunchError> {
+        self.platform.begin(&self.vm, info)
+    }
+
+    /// Puts pages of the image into RAM.
+    pub fn load(&mut self, pages: &LaunchPages<'_>) -> Result<(), LaunchError> {
+        self.platform.load(&self.vm, &self.state.memory.shared, pages)
+    }
+
+    /// Takes note of how a vCPU begins, before its registers are set so.
+    pub fn set_context(&mut self, index: u16, context: &VcpuContext<'_>) -> Result<(), LaunchError> {
+        self.platform.set_context(index, context)
+    }
+
+    /// Takes the image's ID block.
+    pub fn set_id_block(&mut self, block: &SnpIdBlock) -> Result<(), LaunchError> {
+        self.platform.set_id_block(block)
+    }
+
+    /// The domain's RAM, as far as the host shares it.
+    pub fn memory(&self) -> &Arc<GuestMemoryMmap> {
+        &self.state.memory.shared
     }
 
     /// Creates `count` vCPUs, with their local APICs in the kernel and the I/O APIC outside it.
@@ -109,14 +148,22 @@ impl Launch<WithVcpus> {
         &self.state.vcpus
     }
 
+    /// The domain's private memory, where the platform has such.
+    pub fn private_memory(&self) -> Option<&Arc<PrivateMemory>> {
+        self.state.memory.private.as_ref()
+    }
+
     /// Seals the launch.
-    pub fn finish(self) -> Result<Launched, LaunchError> {
-        self.platform.finish(&self.vm, &self.state.vcpus)?;
+    pub fn finish(mut self) -> Result<Launched, LaunchError> {
+        let sealed = self.platform.finish(&self.vm, &self.state.vcpus)?;
+        let Memory { shared, private } = self.state.memory;
         Ok(Launched {
             vm: self.vm,
             vcpus: self.state.vcpus,
-            memory: self.state.memory,
-            platform: self.platform,
+            memory: shared,
+            private,
+            platform: self.platform.kind(),
+            sealed,
         })
     }
 }
@@ -126,21 +173,21 @@ impl<S> Launch<S> {
     pub fn vm(&self) -> &Arc<VmFd> {
         &self.vm
     }
+
+    /// Which part of an image is for the platform.
+    pub fn image_platform(&self) -> ImagePlatform {
+        self.platform.image_platform()
+    }
 }
 
 impl Launched {
-    /// Takes away what [`Launch::add_window`] gave.
-    pub fn remove_window(&self, slot: &MemorySlot) -> Result<(), LaunchError> {
-        self.platform.remove_memory(&self.vm, slot)
-    }
-
     /// The platform that the domain was launched on.
     pub fn platform(&self) -> status::Platform {
-        self.platform.kind()
+        self.platform
     }
 
-    /// Whether the domain is protected. It follows from the finished launch alone.
-    pub fn protected(&self) -> bool {
-        self.platform.protects()
+    /// What the platform sealed.
+    pub fn sealed(&self) -> &Sealed {
+        &self.sealed
     }
 }

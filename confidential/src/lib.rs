@@ -7,9 +7,9 @@
 //! ```text
 //! Launch<Created>     VM of the platform's type, capabilities enabled
 //!   .add_memory()     every slot of RAM
-//! Launch<Populated>
+//! Launch<Populated>   the image's pages are put in here
 //!   .create_vcpus()   all of them
-//! Launch<WithVcpus>   pages are filled and registers set here: TDX adds pages through a vCPU
+//! Launch<WithVcpus>   registers are set here
 //!   .finish()         the platform seals the launch
 //! Launched            what runs, and what may be said of it
 //! ```
@@ -28,14 +28,20 @@
     )
 )]
 
+pub mod choose;
 pub mod digest;
 pub mod host;
 pub mod igvm;
 pub mod image;
 pub mod launch;
+pub mod memory_slot;
 pub mod plain;
 pub mod platform;
+pub mod private_memory;
+pub mod snp;
 pub mod stage;
+mod sys;
 
+pub use choose::{ChooseError, choose};
 pub use launch::{Launch, Launched};
-pub use platform::{LaunchError, MemorySlot, Platform, choose};
+pub use platform::{LaunchError, MemorySlot, Platform};

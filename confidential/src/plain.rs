@@ -1,62 +1,88 @@
 //! The plain platform: an ordinary virtual machine. The host can read and
 //! change everything in it, and nothing here pretends otherwise.
-#![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION takes an address
+
+use std::sync::Arc;
 
 use cofferdam_api::status;
-use kvm_bindings::{KVM_MEM_READONLY, KVM_X86_DEFAULT_VM, kvm_userspace_memory_region};
+use kvm_bindings::KVM_X86_DEFAULT_VM;
 use kvm_ioctls::{VcpuFd, VmFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::platform::{LaunchError, MemorySlot, Platform};
+use crate::image::importer::{ImagePlatform, PageKind, PlatformInfo, SnpIdBlock, VcpuContext};
+use crate::memory_slot;
+use crate::platform::{LaunchError, LaunchPages, MemorySlot, Platform, Ram, Sealed};
+use crate::private_memory::PrivateMemory;
 
 /// An ordinary virtual machine.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Plain;
+
+fn unsupported(what: &str) -> LaunchError {
+    LaunchError::Unsupported(format!("{what} in a plain domain"))
+}
 
 impl Platform for Plain {
     fn kind(&self) -> status::Platform {
         status::Platform::Plain
     }
 
-    fn protects(&self) -> bool {
-        false
+    fn image_platform(&self) -> ImagePlatform {
+        ImagePlatform::Plain
     }
 
     fn vm_type(&self) -> u64 {
         u64::from(KVM_X86_DEFAULT_VM)
     }
 
-    fn prepare_vm(&self, _vm: &VmFd) -> Result<(), LaunchError> {
+    fn prepare_vm(&mut self, _vm: &VmFd) -> Result<(), LaunchError> {
         Ok(())
     }
 
-    fn add_memory(&self, vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError> {
-        let region = kvm_userspace_memory_region {
-            slot: slot.slot,
-            flags: if slot.read_only { KVM_MEM_READONLY } else { 0 },
-            guest_phys_addr: slot.guest_address,
-            memory_size: slot.length,
-            userspace_addr: slot.host_address,
-        };
-        // SAFETY: the slot describes a mapping that stays as long as the VM may reach it, as its field says.
-        unsafe { vm.set_user_memory_region(region) }.map_err(|error| {
-            LaunchError::new(
-                "KVM_SET_USER_MEMORY_REGION",
-                format!(" of slot {} at {:#x}, {} bytes", slot.slot, slot.guest_address, slot.length),
-                error,
-            )
-        })
+    fn add_memory(&mut self, vm: &VmFd, ram: &[Ram]) -> Result<Option<Arc<PrivateMemory>>, LaunchError> {
+        ram.iter().try_for_each(|ram| memory_slot::add(vm, &ram.slot))?;
+        Ok(None)
     }
 
-    fn remove_memory(&self, vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError> {
-        let region = kvm_userspace_memory_region { slot: slot.slot, ..Default::default() };
-        // SAFETY: a slot of no bytes describes no mapping.
-        unsafe { vm.set_user_memory_region(region) }.map_err(|error| {
-            let at = format!(" that removes slot {} at {:#x}", slot.slot, slot.guest_address);
-            LaunchError::new("KVM_SET_USER_MEMORY_REGION", at, error)
-        })
+    fn add_window(&self, vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError> {
+        memory_slot::add(vm, slot)
     }
 
-    fn finish(&self, _vm: &VmFd, _vcpus: &[VcpuFd]) -> Result<(), LaunchError> {
+    fn begin(&mut self, _vm: &VmFd, _info: &PlatformInfo) -> Result<(), LaunchError> {
         Ok(())
+    }
+
+    /// Copies to RAM. It is fresh, so that zeros need not be written.
+    fn load(
+        &mut self,
+        _vm: &VmFd,
+        memory: &GuestMemoryMmap,
+        pages: &LaunchPages<'_>,
+    ) -> Result<(), LaunchError> {
+        match pages.kind {
+            PageKind::Measured | PageKind::Unmeasured | PageKind::Shared => {}
+            PageKind::SnpSecrets | PageKind::SnpCpuid | PageKind::SnpCpuidXf => {
+                return Err(unsupported("a page of SEV-SNP"));
+            }
+        }
+        memory
+            .write_slice(pages.bytes, GuestAddress(pages.gpa))
+            .map_err(|error| LaunchError::Unsupported(format!("{:#x}: {error}", pages.gpa)))
+    }
+
+    fn set_context(&mut self, _index: u16, context: &VcpuContext<'_>) -> Result<(), LaunchError> {
+        match context {
+            VcpuContext::NativeX64(_) => Ok(()),
+            VcpuContext::SnpVmsa { .. } | VcpuContext::Cca { .. } => {
+                Err(unsupported("a vCPU of another platform"))
+            }
+        }
+    }
+
+    fn set_id_block(&mut self, _block: &SnpIdBlock) -> Result<(), LaunchError> {
+        Err(unsupported("an ID block of SEV-SNP"))
+    }
+
+    fn finish(&mut self, _vm: &VmFd, _vcpus: &[VcpuFd]) -> Result<Sealed, LaunchError> {
+        Ok(Sealed::default())
     }
 }

@@ -2,30 +2,84 @@
 
 use std::sync::Arc;
 
-use cofferdam_api::config::PlatformChoice;
 use cofferdam_api::status;
 use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
+use vm_memory::{FileOffset, GuestMemoryMmap};
 
-use crate::plain::Plain;
+use crate::digest::Sha384Digest;
+use crate::digest::vmsa::VmsaError;
+use crate::image::importer::{ImagePlatform, PageKind, PlatformInfo, SnpIdBlock, VcpuContext};
+use crate::private_memory::PrivateMemory;
+use crate::snp::command::CommandError;
 
-/// A step of a launch that the host refused.
+/// A step of a launch that was refused.
 #[derive(Debug, Error)]
-#[error("{call}{at}: {source}")]
-pub struct LaunchError {
-    /// The KVM call.
-    pub call: &'static str,
-    /// What it was about (" of slot 1 at 0x100000000"), or nothing.
-    pub at: String,
-    /// What KVM answered.
-    #[source]
-    pub source: kvm_ioctls::Error,
+pub enum LaunchError {
+    /// By the host.
+    #[error("{call}{at}: {source}")]
+    Call {
+        /// The KVM call.
+        call: &'static str,
+        /// What it was about (" of slot 1 at 0x100000000"), or nothing.
+        at: String,
+        /// What KVM answered.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// By the secure processor, or by KVM on its behalf.
+    #[error("{command}{at}: {source}")]
+    Command {
+        /// The command.
+        command: &'static str,
+        /// What it was about, or nothing.
+        at: String,
+        /// What KVM and the secure processor answered.
+        #[source]
+        source: CommandError,
+    },
+    /// By the secure processor, because of what is in the CPUID page.
+    #[error("the secure processor refuses the CPUID page at {gpa:#x}, and what it would accept too: {entries}")]
+    Cpuid {
+        /// Guest-physical address of the page.
+        gpa: u64,
+        /// What it would change.
+        entries: String,
+    },
+    /// A vCPU cannot be started as the image wants it.
+    #[error("vCPU {index}: {source}")]
+    Registers {
+        /// Index of the vCPU.
+        index: u16,
+        /// What cannot be.
+        source: VmsaError,
+    },
+    /// The image has something that the platform does not have.
+    #[error("{0}")]
+    Unsupported(String),
+    /// An item of the image was refused.
+    #[error("{at}: {source}")]
+    Item {
+        /// Where it stands in the image.
+        at: String,
+        /// Why.
+        source: Box<LaunchError>,
+    },
 }
 
 impl LaunchError {
     /// `call` answered `source`.
     pub fn new(call: &'static str, at: impl Into<String>, source: kvm_ioctls::Error) -> Self {
-        Self { call, at: at.into(), source }
+        Self::Call { call, at: at.into(), source }
+    }
+
+    /// Whether the image is wrong, and nobody was asked.
+    pub fn is_of_image(&self) -> bool {
+        match self {
+            Self::Registers { .. } | Self::Unsupported(_) => true,
+            Self::Item { source, .. } => source.is_of_image(),
+            Self::Call { .. } | Self::Command { .. } | Self::Cpuid { .. } => false,
+        }
     }
 }
 
@@ -44,33 +98,74 @@ pub struct MemorySlot {
     pub read_only: bool,
 }
 
-/// The best platform that is allowed and that this monitor drives. Today there is one.
-pub fn choose(choice: PlatformChoice) -> Arc<dyn Platform> {
-    match choice {
-        PlatformChoice::Auto | PlatformChoice::Plain => Arc::new(Plain),
-    }
+/// A range of RAM.
+#[derive(Clone, Debug)]
+pub struct Ram {
+    /// Where it is, and its mapping: what of it the host shares.
+    pub slot: MemorySlot,
+    /// The memfd that is mapped there, if it is one.
+    pub file: Option<FileOffset>,
 }
 
-/// A protection platform.
-pub trait Platform: Send + Sync {
+/// Pages of an image, for RAM.
+#[derive(Clone, Copy, Debug)]
+pub struct LaunchPages<'a> {
+    /// What they are: anything but shared.
+    pub kind: PageKind,
+    /// Guest-physical address of the first one.
+    pub gpa: u64,
+    /// Number of 4 KiB pages, all of them in RAM.
+    pub pages: u64,
+    /// Their content; zeroes follow.
+    pub bytes: &'a [u8],
+}
+
+/// What can be said of a domain whose launch the platform has sealed. Nothing else says that a domain is protected.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sealed {
+    /// Whether the host is kept from reading and changing the domain.
+    pub protected: bool,
+    /// The guest policy, where the platform has one.
+    pub policy: Option<u64>,
+    /// The launch digest of what was launched, where the platform measures.
+    pub digest: Option<Sha384Digest>,
+    /// What whoever started it should know.
+    pub notes: Vec<String>,
+}
+
+/// A protection platform, and the launch of one domain on it.
+pub trait Platform: Send {
     /// Its name.
     fn kind(&self) -> status::Platform;
 
-    /// Whether it keeps the host from reading and changing a domain that was launched on it.
-    fn protects(&self) -> bool;
+    /// Which part of an image is for it.
+    fn image_platform(&self) -> ImagePlatform;
 
     /// The machine type for `KVM_CREATE_VM`.
     fn vm_type(&self) -> u64;
 
     /// Enables what the platform needs on a new VM, before it has memory or vCPUs.
-    fn prepare_vm(&self, vm: &VmFd) -> Result<(), LaunchError>;
+    fn prepare_vm(&mut self, vm: &VmFd) -> Result<(), LaunchError>;
 
-    /// Gives the VM a range of RAM, or of memory that it shares with the host from the start.
-    fn add_memory(&self, vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError>;
+    /// Gives the VM its RAM. Returns the domain's private memory, where the platform has such.
+    fn add_memory(&mut self, vm: &VmFd, ram: &[Ram]) -> Result<Option<Arc<PrivateMemory>>, LaunchError>;
 
-    /// Takes a range of memory from the VM, which may be running.
-    fn remove_memory(&self, vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError>;
+    /// Gives the VM a range of memory that it shares with the host.
+    fn add_window(&self, vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError>;
+
+    /// Begins to load an image, of which `info` tells.
+    fn begin(&mut self, vm: &VmFd, info: &PlatformInfo) -> Result<(), LaunchError>;
+
+    /// Puts pages of the image into RAM, whose shared side is `memory`.
+    fn load(&mut self, vm: &VmFd, memory: &GuestMemoryMmap, pages: &LaunchPages<'_>)
+    -> Result<(), LaunchError>;
+
+    /// Takes note of how a vCPU begins, before its registers are set so.
+    fn set_context(&mut self, index: u16, context: &VcpuContext<'_>) -> Result<(), LaunchError>;
+
+    /// Takes the image's ID block.
+    fn set_id_block(&mut self, block: &SnpIdBlock) -> Result<(), LaunchError>;
 
     /// Seals the launch, after the last page and the last register are set.
-    fn finish(&self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<(), LaunchError>;
+    fn finish(&mut self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<Sealed, LaunchError>;
 }

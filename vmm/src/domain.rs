@@ -15,7 +15,7 @@ use cofferdam_api::actions::VmmData;
 use cofferdam_api::config::DomainConfig;
 use cofferdam_api::server::Reply;
 use cofferdam_api::status::{Event, ExitReason, Outcome};
-use cofferdam_confidential::{Launch, Launched, Platform};
+use cofferdam_confidential::{Launch, Launched};
 use cofferdam_devices::virtio::vsock::SocketFile;
 use cofferdam_firmware::parameters::Parameters;
 use cofferdam_firmware::{acpi, layout};
@@ -29,8 +29,9 @@ use crate::board::{Board, Buses, EventLoop};
 use crate::control::Control;
 use crate::descriptor::Inherited;
 use crate::gate::Gate;
-use crate::image::LoadWindow;
+use crate::image::{LoadWindow, hex};
 use crate::memory;
+use crate::page_state::PageState;
 use crate::metrics::{DeviceMetrics, FlushTimer, Metrics, PERIOD};
 use crate::phases::PhaseClock;
 use crate::seccomp::{Policies, Thread};
@@ -73,7 +74,6 @@ impl Domain {
     /// Launches the domain of `config`. An error leaves nothing of it.
     pub fn launch(config: &DomainConfig, clock: &Arc<PhaseClock>) -> Result<Self, StartError> {
         config.validate()?;
-        let platform = cofferdam_confidential::choose(config.confidential.platform);
         clock.reached("configured");
         raise_descriptor_limit();
         let mut inherited = Inherited::default();
@@ -83,7 +83,7 @@ impl Domain {
         let control = Arc::new(Control::new(clock.clone()).map_err(internal("eventfd"))?);
         let mut devices = std::mem::take(&mut resources.metrics);
         let (launched, window, board, buses) =
-            launch(config, platform, resources, &control, clock, &mut devices)?;
+            launch(config, resources, &control, clock, &mut devices)?;
         inherited.take_over();
         Ok(Self {
             control,
@@ -109,14 +109,19 @@ impl Domain {
     ) -> Result<Outcome, StartError> {
         let Self { control, clock, launched, mut window, board, devices, .. } = self;
         let platform = launched.platform();
-        let protected = launched.protected();
+        let sealed = launched.sealed().clone();
+        let protected = sealed.protected;
+        sealed.notes.iter().for_each(|note| warn!("{note}"));
         let mut events = EventLoop::new().map_err(internal("event loop"))?;
         board.register(&mut events);
         if signals.take() > 0 {
             return Err(StartError::Stopped("a signal"));
         }
+        let page_state =
+            launched.private.clone().map(|memory| PageState::new(launched.vm.clone(), memory));
         let shared = Shared {
             buses: self.buses,
+            page_state,
             control: control.clone(),
             gate: Gate::default(),
             metrics: devices.vcpus.clone(),
@@ -160,7 +165,9 @@ impl Domain {
             reply.send(Ok(VmmData::Empty));
         }
         // While the guest runs already: it takes some tenths of a millisecond.
-        let identity = window.as_ref().map(|window| window.identity(vcpu_count)).unwrap_or_default();
+        let mut identity = window.as_ref().map(|window| window.identity(vcpu_count)).unwrap_or_default();
+        identity.digest = sealed.digest.map(|digest| hex(&digest));
+        identity.policy = sealed.policy.map(|policy| format!("{policy:#x}"));
         if let Some((inbox, config)) = remote {
             events.add_subscriber(Arc::new(Mutex::new(RunTime {
                 inbox,
@@ -220,18 +227,17 @@ fn internal<E: std::fmt::Display>(what: &'static str) -> impl Fn(E) -> StartErro
 /// From a new VM to one that can run, with its devices.
 fn launch(
     config: &DomainConfig,
-    platform: Arc<dyn Platform>,
     resources: Resources,
     control: &Arc<Control>,
     clock: &PhaseClock,
     metrics: &mut DeviceMetrics,
 ) -> Result<(Launched, Option<LoadWindow>, Board, Buses), StartError> {
     let count = config.machine.vcpu_count;
-    let vm = Launch::new(&resources.kvm, platform.clone())?;
+    let vm = Launch::new(&resources.kvm, resources.platform)?;
     arch::set_up_vm(vm.vm())?;
     clock.reached("vm_created");
     let memory = memory::map(memory_size(config))?;
-    let launch = vm.add_memory(memory.clone())?;
+    let mut launch = vm.add_memory(memory.clone())?;
     clock.reached("memory");
     let mut template = CpuTemplate::new(&resources.kvm, count).map_err(internal("CPUID"))?;
     let (entry, window): (Box<dyn EntryState>, _) = match resources.boot {
@@ -242,8 +248,8 @@ fn launch(
         }
         Boot::Image(image, parameters) => {
             let parameters = Parameters { sha_instructions: template.has_sha(), ..parameters };
-            let (window, first_vcpu) = image.import(&launch, &platform, &memory, &parameters)?;
-            (Box::new(first_vcpu), Some(window))
+            let (window, vcpus) = image.import(&mut launch, &mut template, &parameters)?;
+            (Box::new(vcpus), Some(window))
         }
     };
     clock.reached("loaded");

@@ -3,7 +3,7 @@
 
 use cofferdam_devices::bus::Bus;
 use kvm_bindings::{
-    KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_INTERNAL_ERROR_DELIVERY_EV,
+    KVM_EXIT_HYPERCALL, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_INTERNAL_ERROR_DELIVERY_EV,
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
     KVM_INTERNAL_ERROR_SIMUL_EX, KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, KVM_SYSTEM_EVENT_CRASH,
     KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SEV_TERM, KVM_SYSTEM_EVENT_SHUTDOWN, KVM_SYSTEM_EVENT_SUSPEND,
@@ -32,6 +32,15 @@ pub fn serve_ports(vcpu: &mut VcpuFd, ports: &Bus) {
         } else {
             ports.read(u64::from(io.port), element);
         }
+    }
+}
+
+/// Answers the hypercall that `vcpu` exited with.
+pub fn set_hypercall_result(vcpu: &mut VcpuFd, result: u64) {
+    let run = vcpu.get_kvm_run();
+    if run.exit_reason == KVM_EXIT_HYPERCALL {
+        // The part of the union that belongs to the exit reason.
+        run.__bindgen_anon_1.hypercall.ret = result;
     }
 }
 

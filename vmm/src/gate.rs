@@ -39,6 +39,11 @@ impl Gate {
         self.state.load(Ordering::Acquire) == OPEN
     }
 
+    /// Whether the domain has ended.
+    pub fn has_ended(&self) -> bool {
+        self.state.load(Ordering::Acquire) == ENDED
+    }
+
     /// The calling thread never comes back.
     pub fn leave(&self) {
         let mut guard = self.guard();

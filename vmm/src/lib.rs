@@ -43,6 +43,7 @@ pub mod logger;
 pub mod memory;
 pub mod metrics;
 pub mod observer;
+pub mod page_state;
 pub mod phases;
 pub mod seccomp;
 pub mod signals;

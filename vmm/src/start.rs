@@ -15,8 +15,9 @@ use cofferdam_api::config::{
 use cofferdam_api::source::{BadNumber, Source};
 use cofferdam_api::status::ExitReason;
 use cofferdam_api::validate::ConfigError;
-use cofferdam_confidential::LaunchError;
+use cofferdam_confidential::choose::Wanted;
 use cofferdam_confidential::host::{self, HostError};
+use cofferdam_confidential::{ChooseError, LaunchError, Platform, choose};
 use cofferdam_devices::rate_limiter::{RateLimitChange, RateLimitError, RateLimits, TokenBucket};
 use cofferdam_devices::virtio::VirtioDevice;
 use cofferdam_devices::virtio::block::{
@@ -93,6 +94,9 @@ pub enum StartError {
     /// The host cannot run domains.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// The platform that is asked for cannot be had.
+    #[error(transparent)]
+    Choose(#[from] ChooseError),
     /// The kernel, the initrd, the command line or the size of the memory is bad.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -193,6 +197,7 @@ impl StartError {
             | Self::Observe(_)
             | Self::Config(_)
             | Self::Host(_)
+            | Self::Choose(_)
             | Self::Boot(_)
             | Self::Image(_)
             | Self::Descriptor { .. }
@@ -247,6 +252,8 @@ pub struct Resources {
     pub kvm: Kvm,
     /// What is started.
     pub boot: Boot,
+    /// What protects it.
+    pub platform: Box<dyn Platform>,
     /// The drives in their order, so that the first drive is the guest's first disk, then vsock.
     pub virtio: Vec<Box<dyn VirtioDevice>>,
     /// Removes the vsock device's socket when it is dropped.
@@ -261,7 +268,7 @@ impl Resources {
     /// Checks the host and opens everything. Descriptors of `inherited` are not taken over yet.
     pub fn open(config: &DomainConfig, inherited: &mut Inherited) -> Result<Self, StartError> {
         let kvm = host::require(Path::new(KVM_DEVICE))?;
-        let boot = open_boot(config, inherited)?;
+        let (boot, platform) = open_boot(&kvm, config, inherited)?;
         let mut virtio: Vec<Box<dyn VirtioDevice>> = Vec::new();
         let mut metrics = DeviceMetrics::default();
         for (index, drive) in config.drives.iter().enumerate() {
@@ -282,7 +289,7 @@ impl Resources {
         }
         // Last: it may create a file, which nothing takes away again.
         let console = open_console(&config.serial, inherited)?;
-        Ok(Self { kvm, boot, virtio, vsock_file, console, metrics })
+        Ok(Self { kvm, boot, platform, virtio, vsock_file, console, metrics })
     }
 }
 
@@ -295,9 +302,14 @@ pub fn check_boot(boot: &BootSource) -> Result<(), StartError> {
     }
 }
 
-fn open_boot(config: &DomainConfig, inherited: &mut Inherited) -> Result<Boot, StartError> {
+fn open_boot(
+    kvm: &Kvm,
+    config: &DomainConfig,
+    inherited: &mut Inherited,
+) -> Result<(Boot, Box<dyn Platform>), StartError> {
     let (mode, memory) = (config.boot.mode(), memory_size(config));
-    let image = if let Some(path) = &config.boot.image_path {
+    let wanted = Wanted { platform: config.confidential.platform, ..Wanted::default() };
+    let mut image = if let Some(path) = &config.boot.image_path {
         Image::open(image(IMAGE_PATH, path, inherited)?)?
     } else {
         let protocol = match (mode, config.boot.boot_protocol) {
@@ -308,7 +320,7 @@ fn open_boot(config: &DomainConfig, inherited: &mut Inherited) -> Result<Boot, S
         let (kernel, initrd) = (kernel(&config.boot, inherited)?, initrd(&config.boot, inherited)?);
         let plan = BootFiles::open(kernel, initrd, &config.command_line(), protocol)?.plan(memory)?;
         match mode {
-            BootMode::Direct => return Ok(Boot::Direct(plan)),
+            BootMode::Direct => return Ok((Boot::Direct(plan), choose(kvm, wanted, None)?)),
             BootMode::Image => Image::of_files(plan.into_files())?,
         }
     };
@@ -322,8 +334,9 @@ fn open_boot(config: &DomainConfig, inherited: &mut Inherited) -> Result<Boot, S
         sha_instructions: false,
         host_data: [0; 32],
     };
-    image.check(&parameters)?;
-    Ok(Boot::Image(image, parameters))
+    let platform = choose(kvm, wanted, Some(&image.platforms()?))?;
+    image.check(platform.image_platform(), &parameters)?;
+    Ok((Boot::Image(image, parameters), platform))
 }
 
 /// Checks that drive `index` can be used now, but for locks that others have on it, and keeps nothing of it.

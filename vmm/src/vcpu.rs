@@ -6,14 +6,17 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use cofferdam_api::status::ExitReason;
+use cofferdam_confidential::snp::termination;
 use cofferdam_metrics::{Counter, Latency, group};
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_bindings::KVM_SYSTEM_EVENT_SEV_TERM;
+use kvm_ioctls::{HypercallExit, VcpuExit, VcpuFd};
 
 use crate::board::Buses;
 use crate::control::Control;
 use crate::exit;
 use crate::gate::Gate;
 use crate::kick::{self, Kickable};
+use crate::page_state::PageState;
 use crate::seccomp::{Policies, Thread};
 
 group! {
@@ -29,6 +32,8 @@ group! {
         pub exit_mmio_write: Counter,
         /// Exits because the monitor wanted the vCPU to look at the gate, or a signal came
         pub exit_kicked: Counter,
+        /// Exits because pages change between the guest's private memory and what it shares
+        pub exit_page_state: Counter,
         /// vCPUs that could not go on
         pub failures: Counter,
         /// Time in which reads of a port were served
@@ -39,6 +44,8 @@ group! {
         pub exit_mmio_read_agg: Latency,
         /// Time in which writes of a device's memory were served
         pub exit_mmio_write_agg: Latency,
+        /// Time in which changes of pages were served
+        pub exit_page_state_agg: Latency,
     }
 }
 
@@ -46,6 +53,8 @@ group! {
 pub struct Shared {
     /// The devices.
     pub buses: Buses,
+    /// What serves changes of pages, in a domain that has private ones.
+    pub page_state: Option<PageState>,
     /// Where the domain's end is reported.
     pub control: Arc<Control>,
     /// Whether vCPUs run.
@@ -121,7 +130,8 @@ fn run(index: usize, mut vcpu: Kickable, shared: &Shared) {
     }
     while shared.gate.pass() {
         match run_once(vcpu.vcpu(), shared, &metrics) {
-            Ok(()) => shared.control.guest_acted(),
+            Ok(Done::Access) => shared.control.guest_acted(),
+            Ok(Done::PageState) => {}
             Err(Stop::Kicked) => {
                 metrics.exit_kicked.count();
                 vcpu.clear();
@@ -135,6 +145,14 @@ fn run(index: usize, mut vcpu: Kickable, shared: &Shared) {
     }
 }
 
+/// What was served.
+enum Done {
+    /// An access to a device.
+    Access,
+    /// A change of pages, which a first stage makes too.
+    PageState,
+}
+
 /// Why a vCPU does not go on at once.
 enum Stop {
     /// The gate may have changed.
@@ -144,7 +162,7 @@ enum Stop {
 }
 
 /// Enters the guest and serves one exit.
-fn run_once(vcpu: &mut VcpuFd, shared: &Shared, metrics: &VcpuMetrics) -> Result<(), Stop> {
+fn run_once(vcpu: &mut VcpuFd, shared: &Shared, metrics: &VcpuMetrics) -> Result<Done, Stop> {
     let broken = |what: String| Err(Stop::Ended(ExitReason::VcpuError, what));
     match vcpu.run() {
         Ok(VcpuExit::IoOut(..)) => {
@@ -171,8 +189,23 @@ fn run_once(vcpu: &mut VcpuFd, shared: &Shared, metrics: &VcpuMetrics) -> Result
             return broken(format!("KVM cannot enter the guest: hardware reason {reason:#x} on CPU {cpu}"));
         }
         Ok(VcpuExit::InternalError) => return broken(exit::internal_error(vcpu)),
+        Ok(VcpuExit::Hypercall(HypercallExit { nr, args, .. })) => {
+            let Some(pages) = &shared.page_state else { return broken(format!("unexpected hypercall {nr}")) };
+            metrics.exit_page_state.count();
+            let served =
+                metrics.exit_page_state_agg.time(|| pages.hypercall(vcpu, nr, args, &shared.gate));
+            return served.map(|()| Done::PageState).or_else(broken);
+        }
         Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
-            return broken(format!("no host memory behind {gpa:#x}, {size} bytes (flags {flags:#x})"));
+            let place = format!("no host memory behind {gpa:#x}, {size} bytes (flags {flags:#x})");
+            let Some(pages) = &shared.page_state else { return broken(place) };
+            metrics.exit_page_state.count();
+            let served = metrics.exit_page_state_agg.time(|| pages.fault(flags, gpa, size));
+            return served.map(|_| Done::PageState).or_else(|error| broken(format!("{place}: {error}")));
+        }
+        Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SEV_TERM, data)) => {
+            let request = data.first().copied().unwrap_or(0);
+            return Err(Stop::Ended(ExitReason::RefusedByGuest, termination::words(request)));
         }
         Ok(VcpuExit::SystemEvent(kind, data)) => {
             return broken(format!("system event {kind} ({}), data {data:x?}", exit::system_event(kind)));
@@ -184,7 +217,7 @@ fn run_once(vcpu: &mut VcpuFd, shared: &Shared, metrics: &VcpuMetrics) -> Result
             _ => return broken(format!("KVM_RUN: {error}")),
         },
     }
-    Ok(())
+    Ok(Done::Access)
 }
 
 #[cfg(test)]

@@ -195,8 +195,7 @@ impl SnpMeasurement {
         if *gpa != VMSA_GPA {
             return Err(SnpError::VmsaAddress { index, gpa: *gpa });
         }
-        let vmsa: Vmsa = zerocopy::transmute!(**vmsa);
-        let built = vmsa.as_kvm_builds().map_err(|source| SnpError::Vmsa { index, source })?;
+        let built = Vmsa::from_page(vmsa).as_kvm_builds().map_err(|source| SnpError::Vmsa { index, source })?;
         match self.contexts.insert(index, built) {
             None => Ok(()),
             Some(_) => Err(SnpError::TwoContexts(index)),

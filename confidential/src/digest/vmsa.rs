@@ -176,6 +176,11 @@ pub struct VmsaError {
 }
 
 impl Vmsa {
+    /// The state in a page.
+    pub fn from_page(page: &[u8; PAGE]) -> Self {
+        zerocopy::transmute!(*page)
+    }
+
     /// A virtual CPU that nothing was set in but general registers, to 0: KVM's
     /// reset state, which differs from that of other monitors' (data segments
     /// and CS without the accessed bit, no processor signature in RDX).

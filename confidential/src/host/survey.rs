@@ -187,7 +187,7 @@ fn memory_attributes(kvm: Option<&dyn KvmInterface>) -> Check {
     )
 }
 
-fn snp(files: &HostFiles, kvm: Option<&dyn KvmInterface>) -> Check {
+pub(crate) fn snp(files: &HostFiles, kvm: Option<&dyn KvmInterface>) -> Check {
     let name = "snp";
     if extension(kvm, kvm::KVM_CAP_VM_TYPES) & VM_TYPE_SNP != 0 {
         return match opens(&files.path("dev/sev")) {

@@ -157,6 +157,7 @@ fn run_time() -> RunTime {
     let control = Arc::new(Control::new(clock.clone()).unwrap());
     let shared = Shared {
         buses: Buses::default(),
+        page_state: None,
         control: control.clone(),
         gate: Gate::default(),
         metrics: Vec::new(),

@@ -110,7 +110,7 @@ impl Entry {
 }
 
 impl EntryState for Entry {
-    fn regs(&self) -> Option<kvm_regs> {
+    fn regs(&self, _: u8) -> Option<kvm_regs> {
         let regs = kvm_regs { rip: self.instruction, rflags: RFLAGS_FIXED, ..kvm_regs::default() };
         Some(match self.mode {
             Mode::Pvh => kvm_regs { rbx: layout::PVH_START_INFO, ..regs },
@@ -118,7 +118,7 @@ impl EntryState for Entry {
         })
     }
 
-    fn sregs(&self, base: kvm_sregs) -> kvm_sregs {
+    fn sregs(&self, _: u8, base: kvm_sregs) -> kvm_sregs {
         let data = flat_segment(DATA_SELECTOR, TYPE_DATA_WRITE_ACCESSED);
         let flat = kvm_sregs {
             cs: self.code_segment(),
@@ -202,10 +202,10 @@ mod tests {
     #[test]
     fn linux64_state() {
         let entry = Entry::linux64(0x100_0200);
-        let regs = entry.regs().unwrap();
+        let regs = entry.regs(0).unwrap();
         assert_eq!((regs.rip, regs.rsi, regs.rbx, regs.rflags), (0x100_0200, 0x7000, 0, 2));
         let base = kvm_sregs { apic_base: 0xfee0_0900, cr4: 0x40, ..kvm_sregs::default() };
-        let sregs = entry.sregs(base);
+        let sregs = entry.sregs(0, base);
         assert_eq!((sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer), (0x8000_0031, 0x9000, 0x20, 0x500));
         assert_eq!(sregs.apic_base, 0xfee0_0900);
         assert_eq!((sregs.cs.l, sregs.cs.db, sregs.cs.selector, sregs.ss.selector), (1, 0, 0x10, 0x18));
@@ -215,10 +215,10 @@ mod tests {
     #[test]
     fn pvh_state() {
         let entry = Entry::pvh(0x100_0070);
-        let regs = entry.regs().unwrap();
+        let regs = entry.regs(0).unwrap();
         assert_eq!((regs.rip, regs.rsi, regs.rbx, regs.rflags), (0x100_0070, 0, 0x6000, 2));
         let base = kvm_sregs { cr0: 0x6000_0010, cr3: 1, cr4: 0x40, efer: 1, ..kvm_sregs::default() };
-        let sregs = entry.sregs(base);
+        let sregs = entry.sregs(0, base);
         assert_eq!((sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer), (0x11, 0, 0, 0));
         assert_eq!((sregs.cs.l, sregs.cs.db, sregs.cs.limit, sregs.cs.base), (0, 1, u32::MAX, 0));
         assert_eq!((sregs.tr.base, sregs.tr.limit, sregs.tr.type_, sregs.tr.s), (0, 0x67, 11, 0));

@@ -4,7 +4,8 @@ use std::io;
 use std::path::PathBuf;
 
 use cofferdam_confidential::image::compose::ComposeError;
-use cofferdam_confidential::image::importer::ImagePlatform;
+use cofferdam_confidential::LaunchError;
+use cofferdam_confidential::snp::cpuid::TooManyEntries;
 use cofferdam_firmware::layout::MIB;
 use cofferdam_firmware::manifest::ManifestError;
 use cofferdam_firmware::parameters::ParametersError;
@@ -75,15 +76,18 @@ fn field(error: &ParametersError) -> &'static str {
     }
 }
 
-/// An item of an image that a plain domain does not take.
+/// An item of an image that a domain does not take.
 #[derive(Debug, Error)]
 pub enum ImportError {
-    /// Something of another platform.
-    #[error("an item of platform {} in a walk for plain", .0.name())]
-    Platform(ImagePlatform),
-    /// A kind of item that plain domains do not have.
-    #[error("{0} in a plain domain")]
-    Unsupported(&'static str),
+    /// The platform refused it.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// Content that would have to be mapped and copied.
+    #[error("a copy of what is to be mapped")]
+    CopyOfMapping,
+    /// More CPUID entries than there is room for.
+    #[error(transparent)]
+    CpuidPage(TooManyEntries),
     /// Pages that are neither in RAM nor where this monitor puts memory for an image.
     #[error("{length} bytes at {gpa:#x}: there is no memory in a domain of {} MiB", memory / MIB)]
     NoMemory {
@@ -136,7 +140,7 @@ pub enum ImportError {
         /// Offset in the area, bytes.
         offset: u32,
     },
-    /// Registers for a vCPU other than the first, or a second time.
-    #[error("registers for vCPU {0}: only the first vCPU has some, once")]
+    /// Registers for a vCPU that takes none or is not there, or a second time.
+    #[error("registers for vCPU {0}, which takes none, is not there or has some")]
     Vcpu(u16),
 }

@@ -1,31 +1,38 @@
-//! The importer that puts an image into a plain domain.
+//! The importer that puts an image into a domain.
 //!
-//! What lies in RAM is copied there. What lies outside becomes a memory slot of its own: the load window, on the mapped
-//! files where that is possible; and firmware of other makers, below the end of the first 4 GiB, as a copy.
+//! What lies in RAM goes there by way of the platform, which may measure and hide it. What lies outside becomes a memory
+//! slot of its own: the load window, on the mapped files where that is possible; and firmware of other makers, below
+//! the end of the first 4 GiB, as a copy.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
-use cofferdam_confidential::MemorySlot;
 use cofferdam_confidential::image::importer::{
     Content, ImagePlatform, Importer, Item, PageKind, PageRun, Parameter, ParameterArea, ParameterKind,
-    PlatformInfo, VcpuContext,
+    PlatformInfo,
 };
+use cofferdam_confidential::launch::{Launch, Populated};
+use cofferdam_confidential::platform::LaunchPages;
+use cofferdam_confidential::snp::cpuid::CpuidPage;
+use cofferdam_confidential::MemorySlot;
 use cofferdam_firmware::e820;
 use cofferdam_firmware::layout::{
     GAP_END, LOAD_WINDOW, LOAD_WINDOW_SIZE, LOCAL_APIC, MIB, PAGE_SIZE, PARAMETER_PAGE, ram_ranges,
 };
 use cofferdam_firmware::parameters::Parameters;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, MmapRegion, VolatileMemory};
+use vm_memory::{Bytes, GuestAddress, MmapRegion, VolatileMemory};
 
 use super::error::ImportError;
-use super::registers::FirstVcpu;
+use super::registers::ImageVcpus;
+use crate::arch::CpuTemplate;
 use crate::boot::file::ImageFile;
 
 /// The number of the first slot: those before it are for RAM.
 const FIRST_SLOT: u32 = 8;
 /// Most bytes of one run outside RAM that are copied: other makers' firmware has 2 to 16 MiB.
 const MAX_COPY: u64 = 16 * MIB;
+/// Most bytes of a parameter area that are not zero.
+const MAX_PARAMETERS: u64 = MIB;
 /// Where such firmware may be: from the end of the local APICs' megabyte on.
 const FIRMWARE: Range<u64> = LOCAL_APIC + MIB..GAP_END;
 
@@ -35,24 +42,25 @@ pub(super) struct Import {
     pub(super) slots: Vec<MemorySlot>,
     /// What is behind those slots that are not on a mapped file.
     pub(super) copies: Vec<MmapRegion>,
-    /// How the first vCPU begins.
-    pub(super) first_vcpu: FirstVcpu,
+    /// How the vCPUs begin.
+    pub(super) vcpus: ImageVcpus,
 }
 
 /// The domain.
 #[derive(Clone, Copy)]
-pub(super) struct Machine<'m> {
-    /// Its fresh memory.
-    pub(super) memory: &'m GuestMemoryMmap,
-    /// How much that is, bytes.
-    pub(super) size: u64,
+pub(super) struct Machine {
+    /// How much memory it has, bytes.
+    pub(super) memory: u64,
     /// Number of its vCPUs.
     pub(super) vcpus: u8,
 }
 
 /// Puts items into a domain.
 pub(super) struct LiveImporter<'m> {
-    machine: Machine<'m>,
+    launch: &'m mut Launch<Populated>,
+    machine: Machine,
+    /// What CPUID says to its vCPUs.
+    cpuid: &'m mut CpuTemplate,
     /// Files that are mapped as long as the domain may see them.
     mapped: &'m [Range<usize>],
     /// The image file, if there is one.
@@ -65,13 +73,19 @@ pub(super) struct LiveImporter<'m> {
 impl<'m> LiveImporter<'m> {
     /// Before the walk.
     pub(super) fn new(
-        machine: Machine<'m>,
+        launch: &'m mut Launch<Populated>,
+        machine: Machine,
+        cpuid: &'m mut CpuTemplate,
         mapped: &'m [Range<usize>],
         file: Option<&'m ImageFile>,
         parameters: Option<&'m Parameters>,
     ) -> Self {
-        let import = Import { slots: Vec::new(), copies: Vec::new(), first_vcpu: FirstVcpu::default() };
-        Self { machine, mapped, file, parameters, import }
+        let vcpus = match launch.image_platform() {
+            ImagePlatform::Snp => ImageVcpus::Snp(Default::default()),
+            _ => ImageVcpus::Native(None),
+        };
+        let import = Import { slots: Vec::new(), copies: Vec::new(), vcpus };
+        Self { launch, machine, cpuid, mapped, file, parameters, import }
     }
 
     /// After the walk.
@@ -80,14 +94,14 @@ impl<'m> LiveImporter<'m> {
     }
 
     fn is_ram(&self, gpa: u64, length: u64) -> bool {
-        ram_ranges(self.machine.size).iter().any(|&(start, size)| {
+        ram_ranges(self.machine.memory).iter().any(|&(start, size)| {
             gpa.checked_sub(start)
                 .is_some_and(|offset| offset <= size && length <= size.saturating_sub(offset))
         })
     }
 
     fn no_memory(&self, gpa: u64, length: u64) -> ImportError {
-        ImportError::NoMemory { gpa, length, memory: self.machine.size }
+        ImportError::NoMemory { gpa, length, memory: self.machine.memory }
     }
 
     /// The bytes of `content`, to be looked at: in a mapped file that would be dangerous.
@@ -97,36 +111,23 @@ impl<'m> LiveImporter<'m> {
             return Ok(Cow::Borrowed(content.bytes));
         }
         let (Some(file), Some(offset)) = (self.file, content.file_offset) else {
-            return Err(ImportError::Unsupported("a copy of what is to be mapped"));
+            return Err(ImportError::CopyOfMapping);
         };
         let mut bytes = vec![0; content.bytes.len()];
         file.read_at(&mut bytes, offset).map_err(ImportError::File)?;
         Ok(Cow::Owned(bytes))
     }
 
-    /// Copies to RAM. It is fresh, so that zeros need not be written.
-    fn write(&self, gpa: u64, bytes: &[u8]) -> Result<(), ImportError> {
-        self.machine
-            .memory
-            .write_slice(bytes, GuestAddress(gpa))
-            .map_err(|error| ImportError::Write { gpa, error })
-    }
-
     fn pages(&mut self, run: &PageRun<'_>) -> Result<(), ImportError> {
         let (gpa, length) = (run.gpa, run.length());
-        match run.kind {
-            PageKind::Measured | PageKind::Unmeasured | PageKind::Shared => {}
-            PageKind::SnpSecrets | PageKind::SnpCpuid | PageKind::SnpCpuidXf => {
-                return Err(ImportError::Unsupported("a page of SEV-SNP"));
-            }
-        }
         if self.is_ram(gpa, length) {
-            return self.write(gpa, &self.look(&run.content)?);
+            return self.load(run);
         }
         let inside = |range: &Range<u64>| range.contains(&gpa) && length <= range.end.saturating_sub(gpa);
         let window = LOAD_WINDOW..LOAD_WINDOW.saturating_add(LOAD_WINDOW_SIZE);
-        let is_window = run.kind == PageKind::Shared && inside(&window);
-        if !is_window && !inside(&FIRMWARE) {
+        let is_shared = run.kind == PageKind::Shared;
+        let is_firmware = inside(&FIRMWARE) && (is_shared || self.launch.image_platform() == ImagePlatform::Plain);
+        if !(is_shared && inside(&window)) && !is_firmware {
             return Err(self.no_memory(gpa, length));
         }
         let host_address = match self.mapping(run) {
@@ -135,7 +136,7 @@ impl<'m> LiveImporter<'m> {
         };
         // Fits: no image has so many headers.
         let slot = FIRST_SLOT.saturating_add(self.import.slots.len() as u32);
-        let read_only = run.kind == PageKind::Shared;
+        let read_only = is_shared;
         self.import.slots.push(MemorySlot { slot, guest_address: gpa, length, host_address, read_only });
         Ok(())
     }
@@ -167,37 +168,78 @@ impl<'m> LiveImporter<'m> {
         Ok(address)
     }
 
+    /// Puts pages into RAM.
+    fn load(&mut self, run: &PageRun<'_>) -> Result<(), ImportError> {
+        let (gpa, pages, kind) = (run.gpa, run.pages, run.kind);
+        let cpuid;
+        let content = self.look(&run.content)?;
+        let bytes = match kind {
+            PageKind::Shared => {
+                let memory = self.launch.memory();
+                let written = memory.write_slice(&content, GuestAddress(gpa));
+                return written.map_err(|error| ImportError::Write { gpa, error });
+            }
+            PageKind::SnpCpuid => {
+                cpuid = self.cpuid_page()?;
+                cpuid.bytes()
+            }
+            PageKind::Measured | PageKind::Unmeasured | PageKind::SnpSecrets | PageKind::SnpCpuidXf => &content,
+        };
+        Ok(self.launch.load(&LaunchPages { kind, gpa, pages, bytes })?)
+    }
+
+    fn cpuid_page(&mut self) -> Result<CpuidPage, ImportError> {
+        // What differs from vCPU to vCPU is not taken from the page.
+        CpuidPage::new(self.cpuid.for_vcpu(0).as_slice()).map_err(ImportError::CpuidPage)
+    }
+
     fn parameter_area(&mut self, area: &ParameterArea<'_>) -> Result<(), ImportError> {
         let (gpa, length) = (area.gpa, area.length());
         if !self.is_ram(gpa, length) {
             return Err(self.no_memory(gpa, length));
         }
-        self.write(gpa, &self.look(&area.initial)?)?;
+        let mut bytes = self.look(&area.initial)?.into_owned();
         if let Some(parameters) = self.parameters.filter(|_| gpa == PARAMETER_PAGE) {
-            self.write(gpa, &parameters.encode())?;
+            put(&mut bytes, 0, &parameters.encode());
         }
         for parameter in &area.values {
-            self.parameter(area, parameter)?;
+            self.parameter(area, parameter, &mut bytes)?;
         }
-        Ok(())
+        let (kind, pages) = (PageKind::Unmeasured, area.pages);
+        Ok(self.launch.load(&LaunchPages { kind, gpa, pages, bytes: &bytes })?)
     }
 
-    /// Writes a value that IGVM defines.
-    fn parameter(&self, area: &ParameterArea<'_>, parameter: &Parameter) -> Result<(), ImportError> {
+    /// Adds a value that IGVM defines to the bytes of its area.
+    fn parameter(
+        &self,
+        area: &ParameterArea<'_>,
+        parameter: &Parameter,
+        bytes: &mut Vec<u8>,
+    ) -> Result<(), ImportError> {
         let value = match parameter.kind {
             ParameterKind::VcpuCount => u32::from(self.machine.vcpus).to_le_bytes().to_vec(),
-            // Bit 0: memory is shared until it is accepted, which is not so here.
+            // Bit 0: memory is shared until it is accepted. Where it is so, the guest knows it from its processor.
             ParameterKind::EnvironmentInfo => vec![0; 4],
-            ParameterKind::MemoryMap => memory_map(self.machine.size),
+            ParameterKind::MemoryMap => memory_map(self.machine.memory),
             other => return Err(ImportError::Parameter(other.name())),
         };
         let end = u64::from(parameter.offset).saturating_add(value.len() as u64);
-        if end > area.length() {
+        if end > area.length().min(MAX_PARAMETERS) {
             let (name, offset) = (parameter.kind.name(), parameter.offset);
             return Err(ImportError::ParameterPlace { name, gpa: area.gpa, offset });
         }
-        self.write(area.gpa.saturating_add(parameter.offset.into()), &value)
+        put(bytes, parameter.offset as usize, &value);
+        Ok(())
     }
+}
+
+/// Writes `value` at `offset`, after zeroes where there was nothing.
+fn put(bytes: &mut Vec<u8>, offset: usize, value: &[u8]) {
+    let end = offset.saturating_add(value.len());
+    if bytes.len() < end {
+        bytes.resize(end, 0);
+    }
+    bytes.iter_mut().skip(offset).zip(value).for_each(|(to, from)| *to = *from);
 }
 
 /// `IGVM_VHS_MEMORY_MAP_ENTRY`s, the last one empty: first page, number of pages, type (0 memory, 1 reserved), flags.
@@ -217,28 +259,26 @@ impl<'a> Importer<'a> for LiveImporter<'_> {
     type Error = ImportError;
 
     fn platform(&mut self, info: &PlatformInfo) -> Result<(), ImportError> {
-        match info.platform {
-            ImagePlatform::Plain => Ok(()),
-            other => Err(ImportError::Platform(other)),
-        }
+        Ok(self.launch.begin(info)?)
     }
 
     fn import(&mut self, _mask: u32, item: &Item<'a>) -> Result<(), ImportError> {
         match item {
             Item::Pages(run) => self.pages(run),
             Item::Parameters(area) => self.parameter_area(area),
-            Item::Vcpu { index, context: VcpuContext::NativeX64(context) } => {
-                if *index != 0 || !self.import.first_vcpu.set(context) {
+            Item::Vcpu { index, context } => {
+                self.launch.set_context(*index, context)?;
+                let vcpu = u8::try_from(*index).ok().filter(|vcpu| *vcpu < self.machine.vcpus);
+                if !vcpu.is_some_and(|vcpu| self.import.vcpus.set(vcpu, context)) {
                     return Err(ImportError::Vcpu(*index));
                 }
                 Ok(())
             }
-            Item::Vcpu { .. } => Err(ImportError::Unsupported("a vCPU of another platform")),
             Item::RequiredMemory { gpa, length } if !self.is_ram(*gpa, *length) => {
                 Err(self.no_memory(*gpa, *length))
             }
             Item::RequiredMemory { .. } => Ok(()),
-            Item::SnpIdBlock(_) => Err(ImportError::Unsupported("an ID block of SEV-SNP")),
+            Item::SnpIdBlock(block) => Ok(self.launch.set_id_block(block)?),
         }
     }
 }

@@ -20,10 +20,8 @@ mod window;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
-
 use cofferdam_api::status::Identity;
-use cofferdam_confidential::Platform;
+use cofferdam_confidential::LaunchError;
 use cofferdam_confidential::digest::snp::SnpMeasurement;
 use cofferdam_confidential::digest::tdx::TdxMeasurement;
 use cofferdam_confidential::igvm::reader::{self, Igvm};
@@ -36,15 +34,15 @@ use cofferdam_firmware::boot::HEAD;
 use cofferdam_firmware::manifest::Manifest;
 use cofferdam_firmware::parameters::Parameters;
 use cofferdam_firmware::sha256;
-use vm_memory::GuestMemoryMmap;
 
 pub use self::error::{ImageError, ImportError};
-pub use self::registers::FirstVcpu;
+pub use self::registers::ImageVcpus;
 pub use self::window::LoadWindow;
 
 use self::live::{Import, LiveImporter, Machine};
 use self::mapped::MappedFile;
 use self::window::Backing;
+use crate::arch::CpuTemplate;
 use crate::boot::file::ImageFile;
 use crate::boot::{BootFiles, ImageSource};
 use crate::start::StartError;
@@ -103,7 +101,7 @@ impl Image {
         Ok(image)
     }
 
-    /// The image in a file, which must be for plain domains.
+    /// The image in a file.
     pub fn open(source: ImageSource<'_>) -> Result<Self, ImageError> {
         let path = &source.path().to_owned();
         let failed = |reason| ImageError::File { path: path.to_owned(), reason };
@@ -117,12 +115,32 @@ impl Image {
         let head = file.head((headers as usize).saturating_add(PRIVATE_DATA)).map_err(failed)?;
         let mapping = MappedFile::new(&file)?;
         let source = Files::Image { file, head, mapping };
-        let mut image = Self { source, manifest: None };
-        let mut finder = ManifestFinder::new();
-        image.walk(ImagePlatform::Plain, &mut finder)?;
-        let failed = |error| ImageError::Manifest { path: path.to_owned(), error };
-        image.manifest = finder.manifest().map_err(failed)?;
-        Ok(image)
+        Ok(Self { source, manifest: None })
+    }
+
+    /// The platforms that it is for.
+    pub fn platforms(&self) -> Result<Vec<ImagePlatform>, ImageError> {
+        match &self.source {
+            Files::Loose { .. } => Ok(Options::default().platforms),
+            Files::Image { head, mapping, .. } => {
+                let image = Igvm::with_head(head, mapping.bytes()).map_err(|error| self.refused(&error))?;
+                Ok(image.platforms().iter().map(|info| info.platform).collect())
+            }
+        }
+    }
+
+    /// Checks what the first stage will be told of a domain of `platform`, as it will.
+    pub fn check(&mut self, platform: ImagePlatform, parameters: &Parameters) -> Result<(), ImageError> {
+        if let Files::Image { file, .. } = &self.source {
+            let mut finder = ManifestFinder::new();
+            self.walk(platform, &mut finder).map_err(|error| self.refusal(error))?;
+            let failed = |error| ImageError::Manifest { path: file.path().to_owned(), error };
+            self.manifest = finder.manifest().map_err(failed)?;
+        }
+        match &self.manifest {
+            Some(manifest) => parameters.check(manifest).map_err(ImageError::Parameters),
+            None => Ok(()),
+        }
     }
 
     /// Checks that an image file can be opened, and keeps nothing of it.
@@ -131,38 +149,43 @@ impl Image {
         ImageFile::open(source).map(drop).map_err(|reason| ImageError::File { path, reason })
     }
 
-    /// Checks what the first stage will be told of a domain, as it will.
-    pub fn check(&self, parameters: &Parameters) -> Result<(), ImageError> {
-        match &self.manifest {
-            Some(manifest) => parameters.check(manifest).map_err(ImageError::Parameters),
-            None => Ok(()),
-        }
-    }
-
-    /// Puts the image into the fresh memory of `launch`, whose platform is `platform`: what of it lies outside RAM is in
-    /// the window then, and the first vCPU begins as is returned.
+    /// Puts the image into the fresh memory of `launch`: what of it lies outside RAM is in the window then, and the vCPUs,
+    /// to which CPUID says `cpuid`, begin as is returned.
     pub fn import(
         self,
-        launch: &Launch<Populated>,
-        platform: &Arc<dyn Platform>,
-        memory: &GuestMemoryMmap,
+        launch: &mut Launch<Populated>,
+        cpuid: &mut CpuTemplate,
         parameters: &Parameters,
-    ) -> Result<(LoadWindow, FirstVcpu), StartError> {
+    ) -> Result<(LoadWindow, ImageVcpus), StartError> {
         let ours = self.manifest.is_some().then_some(parameters);
         let mapped = self.mapped();
         let file = match &self.source {
             Files::Image { file, .. } => Some(file),
             Files::Loose { .. } => None,
         };
-        let machine = Machine { memory, size: parameters.memory, vcpus: parameters.vcpus };
-        let mut live = LiveImporter::new(machine, &mapped, file, ours);
-        self.walk(ImagePlatform::Plain, &mut live)?;
-        let Import { slots, copies, first_vcpu } = live.finish();
+        let platform = launch.image_platform();
+        let machine = Machine { memory: parameters.memory, vcpus: parameters.vcpus };
+        let mut live = LiveImporter::new(launch, machine, cpuid, &mapped, file, ours);
+        let walked = self.walk(platform, &mut live);
+        let Import { slots, copies, vcpus } = live.finish();
+        walked.map_err(|error| match error {
+            Walked::Items(WalkError::Item { at, source: ImportError::Launch(source) })
+                if !source.is_of_image() =>
+            {
+                StartError::Launch(LaunchError::Item { at: at.to_string(), source: source.into() })
+            }
+            Walked::Items(WalkError::Platform { source: ImportError::Launch(source), .. })
+                if !source.is_of_image() =>
+            {
+                StartError::Launch(source)
+            }
+            error => StartError::Image(self.refusal(error)),
+        })?;
         for slot in &slots {
             launch.add_window(slot)?;
         }
         let backing = Backing { image: self, _copies: copies };
-        Ok((LoadWindow::new(launch.vm().clone(), platform.clone(), slots, backing), first_vcpu))
+        Ok((LoadWindow::new(launch.vm().clone(), slots, backing), vcpus))
     }
 
     /// Where its files are mapped.
@@ -188,7 +211,7 @@ impl Image {
         let mut tdx = TdxMeasurement::new();
         note(ImagePlatform::Tdx, self.walk(ImagePlatform::Tdx, &mut tdx).ok().map(|()| tdx.mrtd()));
         let hash = |manifest: &Manifest| hex(&sha256::Method::detect().digest(&manifest.encode()));
-        Identity { image_hash: self.manifest.as_ref().map(hash), predicted_digests: digests, digest: None }
+        Identity { image_hash: self.manifest.as_ref().map(hash), predicted_digests: digests, ..Identity::default() }
     }
 
     /// The composition of loose files.
@@ -206,29 +229,50 @@ impl Image {
     }
 
     /// Hands the items for one platform to `importer`.
-    fn walk<I, E>(&self, platform: ImagePlatform, importer: &mut I) -> Result<(), ImageError>
+    fn walk<I, E>(&self, platform: ImagePlatform, importer: &mut I) -> Result<(), Walked<E>>
     where
         I: for<'a> Importer<'a, Error = E>,
-        E: std::fmt::Display,
     {
         let selection = Selection::One(platform);
         match &self.source {
-            Files::Loose { .. } => match self.composition()? {
-                Some(composition) => composition
-                    .walk(selection, importer)
-                    .map_err(|error: WalkError<E>| ImageError::Composed(error.to_string())),
+            Files::Loose { .. } => match self.composition().map_err(Walked::Image)? {
+                Some(composition) => composition.walk(selection, importer).map_err(Walked::Items),
                 None => Ok(()),
             },
-            Files::Image { file, head, mapping } => {
-                let refused = |error: String| ImageError::Refused { path: file.path().to_owned(), error };
-                let image =
-                    Igvm::with_head(head, mapping.bytes()).map_err(|error| refused(error.to_string()))?;
-                walk(&image, selection, importer).map_err(|error| refused(error.to_string()))
+            Files::Image { head, mapping, .. } => {
+                let image = Igvm::with_head(head, mapping.bytes())
+                    .map_err(|error| Walked::Image(self.refused(&error)))?;
+                walk(&image, selection, importer).map_err(Walked::Items)
+            }
+        }
+    }
+
+    fn refusal<E: std::fmt::Display>(&self, error: Walked<E>) -> ImageError {
+        match error {
+            Walked::Image(error) => error,
+            Walked::Items(error) => self.refused(&error),
+        }
+    }
+
+    fn refused(&self, error: &dyn std::fmt::Display) -> ImageError {
+        match &self.source {
+            Files::Loose { .. } => ImageError::Composed(error.to_string()),
+            Files::Image { file, .. } => {
+                ImageError::Refused { path: file.path().to_owned(), error: error.to_string() }
             }
         }
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Why a walk ended early.
+enum Walked<E> {
+    /// There is no image.
+    Image(ImageError),
+    /// The importer, or one of its items.
+    Items(WalkError<E>),
+}
+
+/// Hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

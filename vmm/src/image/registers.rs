@@ -1,68 +1,89 @@
-//! The registers of the first vCPU as an image gives them.
+//! The registers of vCPUs as an image gives them.
 
-use cofferdam_confidential::image::importer::{DescriptorTable, NativeContext, Segment};
+use std::collections::BTreeMap;
+
+use cofferdam_confidential::digest::vmsa::Vmsa;
+use cofferdam_confidential::image::importer::{DescriptorTable, NativeContext, Segment, VcpuContext};
+use cofferdam_confidential::snp;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 
 use crate::arch::EntryState;
 
-/// How the first vCPU of an image begins: at the processor's reset vector, or as the image says.
-#[derive(Clone, Debug, Default)]
-pub struct FirstVcpu(Option<Box<NativeContext>>);
+/// How the vCPUs of an image begin.
+#[derive(Clone, Debug)]
+pub enum ImageVcpus {
+    /// The first one at the processor's reset vector or as the image says, the others as KVM resets them.
+    Native(Option<Box<NativeContext>>),
+    /// By index, as the image says; those of which it says nothing in the state of [`Vmsa::reset`]. All are measured, so all
+    /// are set.
+    Snp(BTreeMap<u8, Box<Vmsa>>),
+}
 
-impl FirstVcpu {
-    /// Takes an image's registers, if there are none yet.
-    pub(super) fn set(&mut self, context: &NativeContext) -> bool {
-        let first = self.0.is_none();
-        self.0.get_or_insert_with(|| Box::new(*context));
-        first
+impl ImageVcpus {
+    /// Takes an image's registers for a vCPU, if it can have some and has none yet.
+    pub(super) fn set(&mut self, index: u8, context: &VcpuContext<'_>) -> bool {
+        match (self, context) {
+            (Self::Native(first), VcpuContext::NativeX64(context)) if index == 0 && first.is_none() => {
+                *first = Some(context.clone());
+                true
+            }
+            (Self::Snp(vcpus), VcpuContext::SnpVmsa { vmsa, .. }) => {
+                vcpus.insert(index, Box::new(Vmsa::from_page(vmsa))).is_none()
+            }
+            _ => false,
+        }
     }
 }
 
-impl EntryState for FirstVcpu {
-    fn regs(&self) -> Option<kvm_regs> {
-        let context = self.0.as_ref()?;
-        let NativeContext { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, rip, rflags, .. } = **context;
-        let NativeContext { r8, r9, r10, r11, r12, r13, r14, r15, .. } = **context;
-        Some(kvm_regs {
-            rax,
-            rbx,
-            rcx,
-            rdx,
-            rsi,
-            rdi,
-            rsp,
-            rbp,
-            r8,
-            r9,
-            r10,
-            r11,
-            r12,
-            r13,
-            r14,
-            r15,
-            rip,
-            rflags,
-        })
+impl EntryState for ImageVcpus {
+    fn is_set(&self, index: u8) -> bool {
+        index == 0 || matches!(self, Self::Snp(_))
     }
 
-    fn sregs(&self, base: kvm_sregs) -> kvm_sregs {
-        let Some(context) = &self.0 else { return base };
-        let data = segment(&context.data);
-        kvm_sregs {
-            cs: segment(&context.code),
-            ds: data,
-            es: data,
-            fs: data,
-            gs: kvm_segment { base: context.gs_base, ..data },
-            ss: data,
-            gdt: table(&context.gdtr),
-            idt: table(&context.idtr),
-            cr0: context.cr0,
-            cr3: context.cr3,
-            cr4: context.cr4,
-            efer: context.efer,
-            ..base
+    fn regs(&self, index: u8) -> Option<kvm_regs> {
+        match self {
+            Self::Native(context) => context.as_deref().map(native_regs),
+            Self::Snp(vcpus) => Some(match vcpus.get(&index) {
+                Some(vmsa) => snp::registers::regs(vmsa),
+                None => snp::registers::regs(&Vmsa::reset()),
+            }),
         }
+    }
+
+    fn sregs(&self, index: u8, base: kvm_sregs) -> kvm_sregs {
+        match self {
+            Self::Native(None) => base,
+            Self::Native(Some(context)) => native_sregs(context, base),
+            Self::Snp(vcpus) => match vcpus.get(&index) {
+                Some(vmsa) => snp::registers::sregs(vmsa, &base),
+                None => snp::registers::sregs(&Vmsa::reset(), &base),
+            },
+        }
+    }
+}
+
+fn native_regs(context: &NativeContext) -> kvm_regs {
+    let NativeContext { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, rip, rflags, .. } = *context;
+    let NativeContext { r8, r9, r10, r11, r12, r13, r14, r15, .. } = *context;
+    kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
+}
+
+fn native_sregs(context: &NativeContext, base: kvm_sregs) -> kvm_sregs {
+    let data = segment(&context.data);
+    kvm_sregs {
+        cs: segment(&context.code),
+        ds: data,
+        es: data,
+        fs: data,
+        gs: kvm_segment { base: context.gs_base, ..data },
+        ss: data,
+        gdt: table(&context.gdtr),
+        idt: table(&context.idtr),
+        cr0: context.cr0,
+        cr3: context.cr3,
+        cr4: context.cr4,
+        efer: context.efer,
+        ..base
     }
 }
 
@@ -105,13 +126,34 @@ mod tests {
 
     #[test]
     fn without_registers_a_vcpu_is_as_it_was_reset() {
-        let mut vcpu = FirstVcpu::default();
-        assert_eq!(vcpu.regs(), None);
-        assert!(vcpu.set(&NativeContext { rip: 0x1_0000, gs_base: 5, ..NativeContext::default() }));
-        assert!(!vcpu.set(&NativeContext::default()), "the first ones stay");
-        assert_eq!(vcpu.regs(), Some(kvm_regs { rip: 0x1_0000, ..kvm_regs::default() }));
+        let mut vcpus = ImageVcpus::Native(None);
+        assert_eq!(vcpus.regs(0), None);
+        let context = |context| VcpuContext::NativeX64(Box::new(context));
+        let first = context(NativeContext { rip: 0x1_0000, gs_base: 5, ..NativeContext::default() });
+        assert!(!vcpus.set(1, &first), "only the first one has some");
+        assert!(vcpus.set(0, &first));
+        assert!(!vcpus.set(0, &context(NativeContext::default())), "the first ones stay");
+        assert_eq!(vcpus.regs(0), Some(kvm_regs { rip: 0x1_0000, ..kvm_regs::default() }));
         let base = kvm_sregs { apic_base: 0xfee0_0900, ..kvm_sregs::default() };
-        let sregs = vcpu.sregs(base);
+        let sregs = vcpus.sregs(0, base);
         assert_eq!((sregs.apic_base, sregs.gs.base, sregs.fs.base), (0xfee0_0900, 5, 0));
+        assert!(vcpus.is_set(0) && !vcpus.is_set(1));
+    }
+
+    #[test]
+    fn all_vcpus_of_an_snp_domain_are_set() {
+        let mut vcpus = ImageVcpus::Snp(BTreeMap::new());
+        let mut vmsa = [0; 4096];
+        vmsa[0x178..0x17c].copy_from_slice(&0x1_0000_u32.to_le_bytes());
+        vmsa[0x310] = 3;
+        let context = VcpuContext::SnpVmsa { gpa: 0, vmsa: &vmsa };
+        assert!(vcpus.set(0, &context) && !vcpus.set(0, &context));
+        assert!(!vcpus.set(1, &VcpuContext::NativeX64(Box::default())));
+        let (first, second) = (vcpus.regs(0).unwrap(), vcpus.regs(1).unwrap());
+        assert_eq!((first.rip, first.rdx, first.r9), (0x1_0000, 3, 0));
+        assert_eq!((second.rip, second.rdx, second.r9), (0xfff0, 0, 0));
+        let base = kvm_sregs { cr4: 1, ..kvm_sregs::default() };
+        assert_eq!((vcpus.sregs(1, base).cs.selector, vcpus.sregs(1, base).cr4), (0xf000, 0));
+        assert!(vcpus.is_set(31));
     }
 }

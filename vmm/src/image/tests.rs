@@ -1,6 +1,11 @@
+use std::path::Path;
+use std::sync::Arc;
+
 use cofferdam_confidential::image::importer::{
     Content, Importer, Item, PAGE, PageKind, PageRun, Parameter, ParameterArea, ParameterKind, VcpuContext,
 };
+use cofferdam_confidential::plain::Plain;
+use cofferdam_confidential::host;
 use cofferdam_firmware::layout::{LOAD_WINDOW, MIB, PARAMETER_PAGE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -22,11 +27,14 @@ fn parameters() -> Parameters {
 }
 
 /// What becomes of `items` in a domain of 2 MiB and 3 vCPUs.
-fn import(items: &[Item<'_>], mapped: &[Range<usize>]) -> (GuestMemoryMmap, Result<Import, ImportError>) {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE as usize)]).unwrap();
-    let parameters = parameters();
-    let machine = Machine { memory: &memory, size: SIZE, vcpus: 3 };
-    let mut live = LiveImporter::new(machine, mapped, None, Some(&parameters));
+fn import(items: &[Item<'_>], mapped: &[Range<usize>]) -> (Arc<GuestMemoryMmap>, Result<Import, ImportError>) {
+    let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE as usize)]).unwrap());
+    let kvm = host::require(Path::new("/dev/kvm")).unwrap();
+    let launch = Launch::new(&kvm, Box::new(Plain)).unwrap();
+    let mut launch = launch.add_memory(memory.clone()).unwrap();
+    let (parameters, mut cpuid) = (parameters(), CpuTemplate::new(&kvm, 3).unwrap());
+    let machine = Machine { memory: SIZE, vcpus: 3 };
+    let mut live = LiveImporter::new(&mut launch, machine, &mut cpuid, mapped, None, Some(&parameters));
     let result = items.iter().try_for_each(|item| live.import(1, item));
     let import = result.map(|()| live.finish());
     (memory, import)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use cofferdam_api::status::Identity;
-use cofferdam_confidential::{LaunchError, MemorySlot, Platform};
+use cofferdam_confidential::{LaunchError, MemorySlot, memory_slot};
 use kvm_ioctls::VmFd;
 use tracing::warn;
 use vm_memory::MmapRegion;
@@ -13,7 +13,6 @@ use super::Image;
 /// Slots of a VM and what is behind them. To be dropped only when the VM does not run any more, like its RAM.
 pub struct LoadWindow {
     vm: Arc<VmFd>,
-    platform: Arc<dyn Platform>,
     slots: Vec<MemorySlot>,
     backing: Backing,
 }
@@ -27,13 +26,8 @@ pub(super) struct Backing {
 }
 
 impl LoadWindow {
-    pub(super) fn new(
-        vm: Arc<VmFd>,
-        platform: Arc<dyn Platform>,
-        slots: Vec<MemorySlot>,
-        backing: Backing,
-    ) -> Self {
-        Self { vm, platform, slots, backing }
+    pub(super) fn new(vm: Arc<VmFd>, slots: Vec<MemorySlot>, backing: Backing) -> Self {
+        Self { vm, slots, backing }
     }
 
     /// See [`Image::identity`].
@@ -44,9 +38,9 @@ impl LoadWindow {
     /// Takes the slots from the VM, which may be running, and lets the files go. If KVM refuses, the mappings stay as
     /// long as this process: the guest could read whatever came to lie at their addresses.
     pub fn close(self) {
-        let Self { vm, platform, slots, backing } = self;
+        let Self { vm, slots, backing } = self;
         let removed: Result<(), LaunchError> =
-            slots.iter().try_for_each(|slot| platform.remove_memory(&vm, slot));
+            slots.iter().try_for_each(|slot| memory_slot::remove(&vm, slot));
         if let Err(error) = removed {
             warn!("the load window stays: {error}");
             std::mem::forget(backing);

@@ -47,6 +47,7 @@ impl Domain {
         let control = Arc::new(Control::new(Arc::new(PhaseClock::new(None))).unwrap());
         let shared = Arc::new(Shared {
             buses: Buses::default(),
+            page_state: None,
             control: control.clone(),
             gate: Gate::default(),
             metrics: Vec::new(),

@@ -32,7 +32,7 @@ fn vm(code: &[u8], count: u8) -> (Vec<VcpuFd>, Arc<GuestMemoryMmap>) {
     let kvm = host::require(Path::new("/dev/kvm")).unwrap();
     let memory = memory::map(32 << 20).unwrap();
     memory.write_slice(code, GuestAddress(CODE)).unwrap();
-    let launch = Launch::new(&kvm, Arc::new(Plain)).unwrap().add_memory(memory.clone()).unwrap();
+    let launch = Launch::new(&kvm, Box::new(Plain)).unwrap().add_memory(memory.clone()).unwrap();
     let launched = launch.create_vcpus(count, 24).unwrap().finish().unwrap();
     let first = &launched.vcpus[0];
     let mut sregs = first.get_sregs().unwrap();
@@ -58,6 +58,7 @@ impl Guest {
         let control = Arc::new(Control::new(Arc::new(PhaseClock::new(None))).unwrap());
         let shared = Shared {
             buses,
+            page_state: None,
             control: control.clone(),
             gate: Gate::default(),
             metrics: Vec::new(),

@@ -50,16 +50,21 @@ pub enum VcpuSetupError {
     },
 }
 
-/// The registers with which the first vCPU begins.
+/// The registers with which vCPUs begin.
 pub trait EntryState {
-    /// The general registers; `None` leaves them as KVM resets them.
-    fn regs(&self) -> Option<kvm_regs>;
-    /// The system registers, out of those with which KVM resets it.
-    fn sregs(&self, base: kvm_sregs) -> kvm_sregs;
+    /// Whether the vCPU with this index is given registers. The first one always is; by default the others are as KVM
+    /// resets them.
+    fn is_set(&self, index: u8) -> bool {
+        index == 0
+    }
+    /// The general registers of such a vCPU; `None` leaves them as KVM resets them.
+    fn regs(&self, index: u8) -> Option<kvm_regs>;
+    /// Its system registers, out of those with which KVM resets it.
+    fn sregs(&self, index: u8, base: kvm_sregs) -> kvm_sregs;
 }
 
-/// Sets CPUID and MSRs of vCPU `index`, and on the first one the registers of `entry`. The others wait
-/// for the guest to start them.
+/// Sets CPUID and MSRs of vCPU `index`, and its registers if `entry` has some for it. CPUID comes first: KVM checks
+/// registers against it. All but the first one wait for the guest to start them.
 pub fn set_up(
     vcpu: &VcpuFd,
     index: u8,
@@ -69,10 +74,10 @@ pub fn set_up(
     let call = |call| move |source| VcpuSetupError::Call { vcpu: index, call, source };
     vcpu.set_cpuid2(template.for_vcpu(index)).map_err(call("KVM_SET_CPUID2"))?;
     set_msrs(vcpu, index)?;
-    if index == 0 {
+    if entry.is_set(index) {
         let sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
-        vcpu.set_sregs(&entry.sregs(sregs)).map_err(call("KVM_SET_SREGS"))?;
-        if let Some(regs) = entry.regs() {
+        vcpu.set_sregs(&entry.sregs(index, sregs)).map_err(call("KVM_SET_SREGS"))?;
+        if let Some(regs) = entry.regs(index) {
             vcpu.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
         }
     }

@@ -1,0 +1,145 @@
+//! Which platform a domain gets.
+
+use std::path::Path;
+
+use cofferdam_api::config::PlatformChoice;
+use thiserror::Error;
+
+use crate::host::{HostFiles, KvmInterface, survey};
+use crate::image::importer::ImagePlatform;
+use crate::image::walk::names;
+use crate::plain::Plain;
+use crate::platform::Platform;
+use crate::snp::{Snp, SnpOptions};
+
+/// Where the secure processor is.
+const SEV_DEVICE: &str = "/dev/sev";
+
+/// Why a domain does not get the platform that was asked for.
+#[derive(Debug, Error)]
+pub enum ChooseError {
+    /// The host does not offer it.
+    #[error("confidential.platform: this host offers no {platform}: {reason}; {remedy}", platform = .platform.name())]
+    Host {
+        /// The platform.
+        platform: ImagePlatform,
+        /// What is missing.
+        reason: String,
+        /// What would change it.
+        remedy: String,
+    },
+    /// The image is not for it.
+    #[error("confidential.platform: the image is not for {platform}, it is for {}", names(has), platform = .platform.name())]
+    Image {
+        /// The platform.
+        platform: ImagePlatform,
+        /// Those that the image is for.
+        has: Vec<ImagePlatform>,
+    },
+    /// A kernel that the monitor loads itself is plain to the host.
+    #[error("confidential.platform: {platform} needs an image, and the monitor is to load the kernel itself", platform = .0.name())]
+    Direct(ImagePlatform),
+    /// None that protects can be had, and it has to be one.
+    #[error("confidential.require_protected: {0}")]
+    Unprotected(Box<ChooseError>),
+    /// A plain domain was asked for, and one that is protected.
+    #[error("confidential.require_protected: a plain domain is not protected")]
+    Plain,
+}
+
+/// What is asked of a platform.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// Which one.
+    pub platform: PlatformChoice,
+    /// Whether a domain that the host can read is worse than none.
+    pub protected: bool,
+    /// What SEV-SNP is asked for.
+    pub snp: SnpOptions,
+}
+
+/// The best platform that is allowed, and that both the host, with this KVM, and the image offer. `image` has the platforms
+/// of the image, or nothing for a kernel that the monitor loads.
+pub fn choose(
+    kvm: &dyn KvmInterface,
+    wanted: Wanted,
+    image: Option<&[ImagePlatform]>,
+) -> Result<Box<dyn Platform>, ChooseError> {
+    match wanted.platform {
+        PlatformChoice::Plain if wanted.protected => Err(ChooseError::Plain),
+        PlatformChoice::Plain => Ok(Box::new(Plain)),
+        PlatformChoice::Snp => snp(kvm, wanted.snp, image),
+        PlatformChoice::Auto => match snp(kvm, wanted.snp, image) {
+            Ok(snp) => Ok(snp),
+            Err(error) if wanted.protected => Err(ChooseError::Unprotected(error.into())),
+            Err(_) => Ok(Box::new(Plain)),
+        },
+    }
+}
+
+fn snp(
+    kvm: &dyn KvmInterface,
+    options: SnpOptions,
+    image: Option<&[ImagePlatform]>,
+) -> Result<Box<dyn Platform>, ChooseError> {
+    let platform = ImagePlatform::Snp;
+    let has = image.ok_or(ChooseError::Direct(platform))?;
+    if !has.contains(&platform) {
+        return Err(ChooseError::Image { platform, has: has.to_owned() });
+    }
+    let offered = survey::snp(&HostFiles::default(), Some(kvm));
+    if let (false, reason, remedy) = (offered.ok, offered.reason, offered.remedy.unwrap_or_default()) {
+        return Err(ChooseError::Host { platform, reason, remedy });
+    }
+    match Snp::new(Path::new(SEV_DEVICE), options) {
+        Ok(snp) => Ok(Box::new(snp)),
+        Err(error) => {
+            let (reason, remedy) = (format!("{SEV_DEVICE}: {error}"), "`cofferdam host check`".to_owned());
+            Err(ChooseError::Host { platform, reason, remedy })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::tests::FakeKvm;
+    use cofferdam_api::status;
+
+    const IMAGE: Option<&[ImagePlatform]> = Some(&[ImagePlatform::Plain, ImagePlatform::Snp]);
+
+    fn kind(
+        platform: PlatformChoice,
+        protected: bool,
+        image: Option<&[ImagePlatform]>,
+    ) -> Result<status::Platform, String> {
+        let wanted = Wanted { platform, protected, ..Wanted::default() };
+        // A KVM without SEV-SNP.
+        let chosen = choose(&FakeKvm::default(), wanted, image);
+        chosen.map(|platform| platform.kind()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_host_without_protection_is_taken_only_where_that_is_allowed() {
+        for image in [IMAGE, None] {
+            assert_eq!(kind(PlatformChoice::Auto, false, image), Ok(status::Platform::Plain));
+            assert_eq!(kind(PlatformChoice::Plain, false, image), Ok(status::Platform::Plain));
+            assert!(kind(PlatformChoice::Auto, true, image).is_err());
+            assert!(kind(PlatformChoice::Snp, false, image).is_err());
+        }
+        let error = kind(PlatformChoice::Plain, true, IMAGE).unwrap_err();
+        assert_eq!(error, "confidential.require_protected: a plain domain is not protected");
+    }
+
+    #[test]
+    fn a_refusal_says_who_lacks_it() {
+        let host = kind(PlatformChoice::Snp, false, IMAGE).unwrap_err();
+        assert!(host.starts_with("confidential.platform: this host offers no snp: "), "{host}");
+        let image = kind(PlatformChoice::Snp, true, Some(&[ImagePlatform::Plain])).unwrap_err();
+        assert_eq!(image, "confidential.platform: the image is not for snp, it is for plain");
+        let direct = kind(PlatformChoice::Snp, true, None).unwrap_err();
+        assert!(direct.contains("snp needs an image"), "{direct}");
+        let automatic = kind(PlatformChoice::Auto, true, IMAGE).unwrap_err();
+        assert!(automatic.starts_with("confidential.require_protected: "), "{automatic}");
+    }
+}
