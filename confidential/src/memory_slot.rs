@@ -18,7 +18,8 @@ pub(crate) fn add(vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError> {
         userspace_addr: slot.host_address,
     };
     // SAFETY: the slot describes a mapping that stays as long as the VM may reach it, as its field says.
-    unsafe { vm.set_user_memory_region(region) }.map_err(|error| LaunchError::new(CALL, slot.to_string(), error))
+    unsafe { vm.set_user_memory_region(region) }
+        .map_err(|error| LaunchError::new(CALL, slot.to_string(), error))
 }
 
 /// Takes a range of memory from `vm`, which may be running.

@@ -39,7 +39,9 @@ pub enum LaunchError {
         source: CommandError,
     },
     /// By the secure processor, because of what is in the CPUID page.
-    #[error("the secure processor refuses the CPUID page at {gpa:#x}, and what it would accept too: {entries}")]
+    #[error(
+        "the secure processor refuses the CPUID page at {gpa:#x}, and what it would accept too: {entries}"
+    )]
     Cpuid {
         /// Guest-physical address of the page.
         gpa: u64,
@@ -157,8 +159,12 @@ pub trait Platform: Send {
     fn begin(&mut self, vm: &VmFd, info: &PlatformInfo) -> Result<(), LaunchError>;
 
     /// Puts pages of the image into RAM, whose shared side is `memory`.
-    fn load(&mut self, vm: &VmFd, memory: &GuestMemoryMmap, pages: &LaunchPages<'_>)
-    -> Result<(), LaunchError>;
+    fn load(
+        &mut self,
+        vm: &VmFd,
+        memory: &GuestMemoryMmap,
+        pages: &LaunchPages<'_>,
+    ) -> Result<(), LaunchError>;
 
     /// Takes note of how a vCPU begins, before its registers are set so.
     fn set_context(&mut self, index: u16, context: &VcpuContext<'_>) -> Result<(), LaunchError>;

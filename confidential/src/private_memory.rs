@@ -162,7 +162,8 @@ impl PrivateMemory {
     pub fn fault(&self, vm: &VmFd, gpa: u64, length: u64, side: Side) -> Result<Range<u64>, ConversionError> {
         let start = gpa & !PAGE_SIZE.wrapping_sub(1);
         let end = gpa.checked_add(length.max(1)).and_then(|end| end.checked_next_multiple_of(PAGE_SIZE));
-        let bytes = end.and_then(|end| end.checked_sub(start)).ok_or(ConversionError::Range { gpa, length })?;
+        let bytes =
+            end.and_then(|end| end.checked_sub(start)).ok_or(ConversionError::Range { gpa, length })?;
         let (slot, mut range) = self.find(start, bytes)?;
         if side == Side::Private && bytes == PAGE_SIZE {
             range = slot.unclaimed_around(start);
@@ -202,9 +203,7 @@ impl PrivateMemory {
     ) -> Result<(), ConversionError> {
         let (gpa, length) = (range.start, range.end.saturating_sub(range.start));
         let offset = gpa.saturating_sub(slot.range.start);
-        let failed = |call| {
-            move |source: io::Error| ConversionError::Host { call, gpa, length, source }
-        };
+        let failed = |call| move |source: io::Error| ConversionError::Host { call, gpa, length, source };
         let attributes = |attributes: u32| {
             let attributes =
                 kvm_memory_attributes { address: gpa, size: length, attributes: attributes.into(), flags: 0 };

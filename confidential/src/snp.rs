@@ -120,7 +120,8 @@ impl Snp {
         };
         while update.len != 0 {
             let before = update.len;
-            let at = format!(" of {} at {:#x}", name(kind, before / PAGE_SIZE), update.gfn_start * PAGE_SIZE);
+            let gpa = update.gfn_start.saturating_mul(PAGE_SIZE);
+            let at = format!(" of {} at {gpa:#x}", name(kind, before / PAGE_SIZE));
             launch(vm, &self.sev, &mut update, &at)?;
             if update.len >= before {
                 let error = kvm_ioctls::Error::new(libc::EIO);
@@ -217,8 +218,9 @@ impl Platform for Snp {
         // Without, KVM refuses the guest every change of a page's side.
         let mut exits = kvm_enable_cap { cap: KVM_CAP_EXIT_HYPERCALL, ..Default::default() };
         exits.args = [1 << HC_MAP_GPA_RANGE, 0, 0, 0];
-        vm.enable_cap(&exits)
-            .map_err(|error| LaunchError::new("KVM_ENABLE_CAP", " of exits for KVM_HC_MAP_GPA_RANGE", error))?;
+        vm.enable_cap(&exits).map_err(|error| {
+            LaunchError::new("KVM_ENABLE_CAP", " of exits for KVM_HC_MAP_GPA_RANGE", error)
+        })?;
         let mut init = kvm_sev_init { ghcb_version: GHCB_VERSION, ..Default::default() };
         launch(vm, &self.sev, &mut init, "")
     }
@@ -227,7 +229,8 @@ impl Platform for Snp {
         let slot = |ram: &Ram| {
             let slot = &ram.slot;
             let shared = ram.file.clone();
-            let shared = shared.ok_or_else(|| LaunchError::Unsupported("RAM that is in no memfd".to_owned()))?;
+            let shared =
+                shared.ok_or_else(|| LaunchError::Unsupported("RAM that is in no memfd".to_owned()))?;
             let private = sys::guest_memfd(vm, slot.length)?;
             sys::add_private_slot(vm, slot, &private)?;
             let end = slot.guest_address.saturating_add(slot.length);
@@ -285,7 +288,9 @@ impl Platform for Snp {
             let error = format!("the VMSA of vCPU {index} is for {gpa:#x}, and KVM has it at {VMSA_GPA:#x}");
             return Err(LaunchError::Unsupported(error));
         }
-        let built = Vmsa::from_page(vmsa).as_kvm_builds().map_err(|source| LaunchError::Registers { index, source })?;
+        let built = Vmsa::from_page(vmsa)
+            .as_kvm_builds()
+            .map_err(|source| LaunchError::Registers { index, source })?;
         match self.contexts.insert(index, built) {
             None => Ok(()),
             Some(_) => Err(LaunchError::Unsupported(format!("two contexts for vCPU {index}"))),
@@ -300,7 +305,8 @@ impl Platform for Snp {
 
     fn finish(&mut self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<Sealed, LaunchError> {
         let id = self.options.id.as_deref().or(self.id.as_deref());
-        let mut finish = kvm_sev_snp_launch_finish { host_data: self.options.host_data, ..Default::default() };
+        let mut finish =
+            kvm_sev_snp_launch_finish { host_data: self.options.host_data, ..Default::default() };
         if let Some((block, authentication)) = id {
             finish.id_block_uaddr = block.as_bytes().as_ptr() as u64;
             finish.id_auth_uaddr = authentication.as_bytes().as_ptr() as u64;

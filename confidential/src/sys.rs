@@ -39,9 +39,9 @@ pub fn pre_fault(vcpu: &VcpuFd, gpa: u64, size: u64) -> io::Result<u64> {
 /// A guest_memfd of `vm`, `size` bytes long.
 pub fn guest_memfd(vm: &VmFd, size: u64) -> Result<File, LaunchError> {
     let create = kvm_create_guest_memfd { size, ..Default::default() };
-    let fd = vm.create_guest_memfd(create).map_err(|error| {
-        LaunchError::new("KVM_CREATE_GUEST_MEMFD", format!(" of {size} bytes"), error)
-    })?;
+    let fd = vm
+        .create_guest_memfd(create)
+        .map_err(|error| LaunchError::new("KVM_CREATE_GUEST_MEMFD", format!(" of {size} bytes"), error))?;
     // SAFETY: KVM made it just now, for us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
 }

@@ -31,8 +31,8 @@ use crate::descriptor::Inherited;
 use crate::gate::Gate;
 use crate::image::{LoadWindow, hex};
 use crate::memory;
-use crate::page_state::PageState;
 use crate::metrics::{DeviceMetrics, FlushTimer, Metrics, PERIOD};
+use crate::page_state::PageState;
 use crate::phases::PhaseClock;
 use crate::seccomp::{Policies, Thread};
 use crate::signals::StopSignals;
@@ -82,8 +82,7 @@ impl Domain {
         clock.reached("opened");
         let control = Arc::new(Control::new(clock.clone()).map_err(internal("eventfd"))?);
         let mut devices = std::mem::take(&mut resources.metrics);
-        let (launched, window, board, buses) =
-            launch(config, resources, &control, clock, &mut devices)?;
+        let (launched, window, board, buses) = launch(config, resources, &control, clock, &mut devices)?;
         inherited.take_over();
         Ok(Self {
             control,
@@ -117,8 +116,7 @@ impl Domain {
         if signals.take() > 0 {
             return Err(StartError::Stopped("a signal"));
         }
-        let page_state =
-            launched.private.clone().map(|memory| PageState::new(launched.vm.clone(), memory));
+        let page_state = launched.private.clone().map(|memory| PageState::new(launched.vm.clone(), memory));
         let shared = Shared {
             buses: self.buses,
             page_state,

@@ -47,7 +47,7 @@ impl PageState {
         let [gpa, pages, attributes, ..] = arguments;
         let side = if attributes & ENCRYPTED != 0 { Side::Private } else { Side::Shared };
         // Too many pages are more than there are.
-        let length = pages.checked_mul(PAGE_SIZE).unwrap_or(u64::MAX);
+        let length = pages.saturating_mul(PAGE_SIZE);
         let moved = self.memory.convert(&self.vm, gpa, length, side, |chunk| {
             // The guest is about to use all of it, and would leave for each page of it.
             if side == Side::Private {

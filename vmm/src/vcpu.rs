@@ -192,8 +192,7 @@ fn run_once(vcpu: &mut VcpuFd, shared: &Shared, metrics: &VcpuMetrics) -> Result
         Ok(VcpuExit::Hypercall(HypercallExit { nr, args, .. })) => {
             let Some(pages) = &shared.page_state else { return broken(format!("unexpected hypercall {nr}")) };
             metrics.exit_page_state.count();
-            let served =
-                metrics.exit_page_state_agg.time(|| pages.hypercall(vcpu, nr, args, &shared.gate));
+            let served = metrics.exit_page_state_agg.time(|| pages.hypercall(vcpu, nr, args, &shared.gate));
             return served.map(|()| Done::PageState).or_else(broken);
         }
         Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {

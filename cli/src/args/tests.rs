@@ -137,7 +137,7 @@ fn bad_values_name_the_option() {
         (vec!["--guest-cid", "4"], "--vsock"),
         (vec!["--console", "tty"], "stdio, none or file=FILE"),
         (vec!["--console", "file="], "--console: is empty"),
-        (vec!["--platform", "snp"], "--platform"),
+        (vec!["--platform", "sev"], "--platform"),
         (vec!["--stop-timeout", "25000m"], "--stop-timeout: 1500000000 ms is not between 0 and 86400000 ms"),
         (vec!["--kernel", "k2"], "--kernel"),
     ] {

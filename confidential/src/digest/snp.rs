@@ -195,7 +195,8 @@ impl SnpMeasurement {
         if *gpa != VMSA_GPA {
             return Err(SnpError::VmsaAddress { index, gpa: *gpa });
         }
-        let built = Vmsa::from_page(vmsa).as_kvm_builds().map_err(|source| SnpError::Vmsa { index, source })?;
+        let built =
+            Vmsa::from_page(vmsa).as_kvm_builds().map_err(|source| SnpError::Vmsa { index, source })?;
         match self.contexts.insert(index, built) {
             None => Ok(()),
             Some(_) => Err(SnpError::TwoContexts(index)),

@@ -53,7 +53,10 @@ mod tests {
         for (request, text) in [
             (0x7_C100, "the first stage stopped the domain: kernel hash mismatch"),
             (0x2_0100, "the guest stopped the domain: the host lacks features"),
-            (0x2_1100, "the guest's kernel stopped the domain: a page could not be validated, or was valid before"),
+            (
+                0x2_1100,
+                "the guest's kernel stopped the domain: a page could not be validated, or was valid before",
+            ),
             (0xFF_1100, "the guest's kernel stopped the domain, for the unknown reason 255 of set 1"),
             (0xFF_C100, "the first stage stopped the domain, for the unknown reason 255 of set 12"),
             (0x1_5100, "the guest stopped the domain, for the unknown reason 1 of set 5"),

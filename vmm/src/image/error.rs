@@ -3,8 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
-use cofferdam_confidential::image::compose::ComposeError;
 use cofferdam_confidential::LaunchError;
+use cofferdam_confidential::image::compose::ComposeError;
 use cofferdam_confidential::snp::cpuid::TooManyEntries;
 use cofferdam_firmware::layout::MIB;
 use cofferdam_firmware::manifest::ManifestError;

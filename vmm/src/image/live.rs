@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use cofferdam_confidential::MemorySlot;
 use cofferdam_confidential::image::importer::{
     Content, ImagePlatform, Importer, Item, PageKind, PageRun, Parameter, ParameterArea, ParameterKind,
     PlatformInfo,
@@ -14,7 +15,6 @@ use cofferdam_confidential::image::importer::{
 use cofferdam_confidential::launch::{Launch, Populated};
 use cofferdam_confidential::platform::LaunchPages;
 use cofferdam_confidential::snp::cpuid::CpuidPage;
-use cofferdam_confidential::MemorySlot;
 use cofferdam_firmware::e820;
 use cofferdam_firmware::layout::{
     GAP_END, LOAD_WINDOW, LOAD_WINDOW_SIZE, LOCAL_APIC, MIB, PAGE_SIZE, PARAMETER_PAGE, ram_ranges,
@@ -126,8 +126,10 @@ impl<'m> LiveImporter<'m> {
         let inside = |range: &Range<u64>| range.contains(&gpa) && length <= range.end.saturating_sub(gpa);
         let window = LOAD_WINDOW..LOAD_WINDOW.saturating_add(LOAD_WINDOW_SIZE);
         let is_shared = run.kind == PageKind::Shared;
-        let is_firmware = inside(&FIRMWARE) && (is_shared || self.launch.image_platform() == ImagePlatform::Plain);
-        if !(is_shared && inside(&window)) && !is_firmware {
+        let is_firmware =
+            inside(&FIRMWARE) && (is_shared || self.launch.image_platform() == ImagePlatform::Plain);
+        let is_window = is_shared && inside(&window);
+        if !is_window && !is_firmware {
             return Err(self.no_memory(gpa, length));
         }
         let host_address = match self.mapping(run) {
@@ -183,7 +185,9 @@ impl<'m> LiveImporter<'m> {
                 cpuid = self.cpuid_page()?;
                 cpuid.bytes()
             }
-            PageKind::Measured | PageKind::Unmeasured | PageKind::SnpSecrets | PageKind::SnpCpuidXf => &content,
+            PageKind::Measured | PageKind::Unmeasured | PageKind::SnpSecrets | PageKind::SnpCpuidXf => {
+                &content
+            }
         };
         Ok(self.launch.load(&LaunchPages { kind, gpa, pages, bytes })?)
     }

@@ -18,8 +18,6 @@ mod registers;
 mod tests;
 mod window;
 
-use std::collections::BTreeMap;
-use std::ops::Range;
 use cofferdam_api::status::Identity;
 use cofferdam_confidential::LaunchError;
 use cofferdam_confidential::digest::snp::SnpMeasurement;
@@ -34,6 +32,8 @@ use cofferdam_firmware::boot::HEAD;
 use cofferdam_firmware::manifest::Manifest;
 use cofferdam_firmware::parameters::Parameters;
 use cofferdam_firmware::sha256;
+use std::collections::BTreeMap;
+use std::ops::Range;
 
 pub use self::error::{ImageError, ImportError};
 pub use self::registers::ImageVcpus;
@@ -211,7 +211,11 @@ impl Image {
         let mut tdx = TdxMeasurement::new();
         note(ImagePlatform::Tdx, self.walk(ImagePlatform::Tdx, &mut tdx).ok().map(|()| tdx.mrtd()));
         let hash = |manifest: &Manifest| hex(&sha256::Method::detect().digest(&manifest.encode()));
-        Identity { image_hash: self.manifest.as_ref().map(hash), predicted_digests: digests, ..Identity::default() }
+        Identity {
+            image_hash: self.manifest.as_ref().map(hash),
+            predicted_digests: digests,
+            ..Identity::default()
+        }
     }
 
     /// The composition of loose files.

@@ -1,11 +1,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use cofferdam_confidential::host;
 use cofferdam_confidential::image::importer::{
     Content, Importer, Item, PAGE, PageKind, PageRun, Parameter, ParameterArea, ParameterKind, VcpuContext,
 };
 use cofferdam_confidential::plain::Plain;
-use cofferdam_confidential::host;
 use cofferdam_firmware::layout::{LOAD_WINDOW, MIB, PARAMETER_PAGE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -27,7 +27,10 @@ fn parameters() -> Parameters {
 }
 
 /// What becomes of `items` in a domain of 2 MiB and 3 vCPUs.
-fn import(items: &[Item<'_>], mapped: &[Range<usize>]) -> (Arc<GuestMemoryMmap>, Result<Import, ImportError>) {
+fn import(
+    items: &[Item<'_>],
+    mapped: &[Range<usize>],
+) -> (Arc<GuestMemoryMmap>, Result<Import, ImportError>) {
     let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE as usize)]).unwrap());
     let kvm = host::require(Path::new("/dev/kvm")).unwrap();
     let launch = Launch::new(&kvm, Box::new(Plain)).unwrap();
