@@ -70,7 +70,7 @@ fn fields_that_are_unknown_or_have_bad_values() {
         (r#", "drives": [{"drive_id": "a", "path_on_host": "b", "ro": true}]"#, "unknown field `ro`"),
         (r#", "balloon": {"amount_mib": 5}"#, "balloon: not supported"),
         (r#", "vsock": null, "vsock": null"#, "duplicate field `vsock`"),
-        (r#", "confidential": {"platform": "snp"}"#, "unknown variant `snp`"),
+        (r#", "confidential": {"platform": "sev"}"#, "unknown variant `sev`"),
         (
             r#", "machine-config": {"vcpu_count": 0, "mem_size_mib": 64}"#,
             "machine-config.vcpu_count: 0 is not",

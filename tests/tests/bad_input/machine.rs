@@ -21,7 +21,7 @@ fn numbers_out_of_range() {
         ("memory", "256", "\"256\" has no unit: write 256M for MiB, 256G for GiB"),
         ("memory", "99999999999999999999G", "--memory"),
         ("stop-timeout", "25000m", "--stop-timeout: 1500000000 ms is not between 0 and 86400000 ms"),
-        ("platform", "snp", "--platform"),
+        ("platform", "sev", "--platform"),
         ("boot-protocol", "uefi", "--boot-protocol"),
         ("vmm", "/nonexistent/vmm", "cannot start the monitor /nonexistent/vmm: No such file"),
     ] {
