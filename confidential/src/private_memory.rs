@@ -297,15 +297,17 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn memory(ranges: &[Range<u64>]) -> PrivateMemory {
+    /// Slots with these starts and lengths.
+    fn memory(slots: &[(u64, u64)]) -> PrivateMemory {
         let file = || File::open("/dev/null").unwrap();
-        let slot = |range: &Range<u64>| PrivateSlot::new(range.clone(), FileOffset::new(file(), 0), file());
-        PrivateMemory::new(ranges.iter().map(slot).collect())
+        let slot =
+            |&(start, length)| PrivateSlot::new(start..start + length, FileOffset::new(file(), 0), file());
+        PrivateMemory::new(slots.iter().map(slot).collect())
     }
 
     #[test]
     fn ranges_are_whole_pages_of_one_slot() {
-        let memory = memory(&[0..8 * MIB, 1 << 32..(1 << 32) + MIB]);
+        let memory = memory(&[(0, 8 * MIB), (1 << 32, MIB)]);
         for (gpa, length) in [(0, 4096), (0, 8 * MIB), (8 * MIB - 4096, 4096), (1 << 32, MIB)] {
             assert_eq!(memory.find(gpa, length).unwrap().1, gpa..gpa + length);
         }
@@ -327,17 +329,17 @@ mod tests {
 
     #[test]
     fn large_ranges_are_cut() {
-        let cut = |range| chunks(range).collect::<Vec<_>>();
-        assert_eq!(cut(MIB..2 * MIB), [MIB..2 * MIB]);
-        assert_eq!(cut(MIB..CHUNK), [MIB..CHUNK]);
+        let cut = |range| chunks(range).map(|chunk| (chunk.start, chunk.end)).collect::<Vec<_>>();
+        assert_eq!(cut(MIB..2 * MIB), [(MIB, 2 * MIB)]);
+        assert_eq!(cut(MIB..CHUNK), [(MIB, CHUNK)]);
         let end = 2 * CHUNK + 4096;
-        assert_eq!(cut(MIB..end), [MIB..CHUNK, CHUNK..2 * CHUNK, 2 * CHUNK..end]);
+        assert_eq!(cut(MIB..end), [(MIB, CHUNK), (CHUNK, 2 * CHUNK), (2 * CHUNK, end)]);
         assert_eq!(cut(5..5), []);
     }
 
     #[test]
     fn devices_see_what_is_shared_and_nothing_else() {
-        let memory = memory(&[0..MIB, 1 << 32..(1 << 32) + MIB]);
+        let memory = memory(&[(0, MIB), (1 << 32, MIB)]);
         assert!(!memory.is_shared(0, 1), "unclaimed");
         memory.slots[0].is_shared.set(2..5, true);
         memory.slots[1].is_shared.set(0..256, true);
@@ -359,7 +361,7 @@ mod tests {
 
     #[test]
     fn a_fault_takes_no_page_that_somebody_has() {
-        let memory = memory(&[0..5 * MIB]);
+        let memory = memory(&[(0, 5 * MIB)]);
         let slot = &memory.slots[0];
         assert_eq!(slot.unclaimed_around(0x3000), 0..STEP);
         assert_eq!(slot.unclaimed_around(STEP), STEP..2 * STEP);
