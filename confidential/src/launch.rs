@@ -178,6 +178,11 @@ impl<S> Launch<S> {
     pub fn image_platform(&self) -> ImagePlatform {
         self.platform.image_platform()
     }
+
+    /// Whether guests are shown the host's memory encryption.
+    pub fn shows_memory_encryption(&self) -> bool {
+        self.platform.shows_memory_encryption()
+    }
 }
 
 impl Launched {

@@ -34,6 +34,10 @@ impl Platform for Plain {
         u64::from(KVM_X86_DEFAULT_VM)
     }
 
+    fn shows_memory_encryption(&self) -> bool {
+        false
+    }
+
     fn prepare_vm(&mut self, _vm: &VmFd) -> Result<(), LaunchError> {
         Ok(())
     }

@@ -146,6 +146,10 @@ pub trait Platform: Send {
     /// The machine type for `KVM_CREATE_VM`.
     fn vm_type(&self) -> u64;
 
+    /// Whether guests are shown the host's memory encryption (CPUID leaf 0x8000_001F). One that sees it takes itself for
+    /// an encrypted guest: Linux then reads an MSR that only such a guest has, at its first instructions.
+    fn shows_memory_encryption(&self) -> bool;
+
     /// Enables what the platform needs on a new VM, before it has memory or vCPUs.
     fn prepare_vm(&mut self, vm: &VmFd) -> Result<(), LaunchError>;
 

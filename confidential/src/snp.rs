@@ -214,6 +214,10 @@ impl Platform for Snp {
         u64::from(KVM_X86_SNP_VM)
     }
 
+    fn shows_memory_encryption(&self) -> bool {
+        true
+    }
+
     fn prepare_vm(&mut self, vm: &VmFd) -> Result<(), LaunchError> {
         // Without, KVM refuses the guest every change of a page's side.
         let mut exits = kvm_enable_cap { cap: KVM_CAP_EXIT_HYPERCALL, ..Default::default() };

@@ -238,6 +238,9 @@ fn launch(
     let mut launch = vm.add_memory(memory.clone())?;
     clock.reached("memory");
     let mut template = CpuTemplate::new(&resources.kvm, count).map_err(internal("CPUID"))?;
+    if !launch.shows_memory_encryption() {
+        template.hide_memory_encryption();
+    }
     let (entry, window): (Box<dyn EntryState>, _) = match resources.boot {
         Boot::Direct(plan) => {
             let entry = plan.load(&memory)?;

@@ -20,6 +20,9 @@ const AMD_LEGACY_MULTICORE: u32 = 1 << 1;
 /// Leaf 0, EBX, EDX and ECX of the processors with AMD's meaning of leaves 0x8000_0001 and 0x8000_0008.
 const AMD_VENDORS: [&[u8; 12]; 2] = [b"AuthenticAMD", b"HygonGenuine"];
 
+/// SEV and its like: AMD APM vol. 3, E.4.17.
+const MEMORY_ENCRYPTION: u32 = 0x8000_001F;
+
 /// Leaf 7, EBX: SHA1RNDS4, SHA256RNDS2 and their neighbours.
 const SHA: u32 = 1 << 29;
 
@@ -78,6 +81,11 @@ impl CpuTemplate {
             }
         }
         Ok(Self { cpuid, domain: Domain { count, amd, tsc_deadline } })
+    }
+
+    /// Hides the host's memory encryption, which KVM lists on every host with SEV, from guests without it.
+    pub fn hide_memory_encryption(&mut self) {
+        self.cpuid.retain(|entry| entry.function != MEMORY_ENCRYPTION);
     }
 
     /// Whether KVM offers the SHA instructions.
@@ -172,6 +180,7 @@ mod tests {
             entry(0x8000_0001, 0, 0),
             entry(0x8000_0008, 0, 0x3030),
             entry(0x8000_001E, 0, 0),
+            entry(MEMORY_ENCRYPTION, 0, 0xF),
         ];
         CpuTemplate::of(CpuId::from_entries(&entries).unwrap(), count, true).unwrap()
     }
@@ -222,6 +231,15 @@ mod tests {
             let cpuid = template.for_vcpu(0);
             assert_eq!(leaf(cpuid, 1, 0).ecx & TSC_DEADLINE != 0, has_it);
         }
+    }
+
+    #[test]
+    fn memory_encryption_is_hidden_on_demand() {
+        let mut template = template(1);
+        let is_there = |cpuid: &CpuId| cpuid.as_slice().iter().any(|e| e.function == MEMORY_ENCRYPTION);
+        assert!(is_there(template.for_vcpu(0)));
+        template.hide_memory_encryption();
+        assert!(!is_there(template.for_vcpu(0)));
     }
 
     #[test]
