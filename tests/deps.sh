@@ -8,7 +8,7 @@ set -eu
 # compare ours with, are computed with; what makes the emulated secure processor's certificates, and
 # libraries of the emulator.
 packages="gcc libc6-dev make git ca-certificates debian-archive-keyring
-    xz-utils zstd e2fsprogs util-linux acpica-tools curl strace
+    xz-utils zstd e2fsprogs util-linux acpica-tools curl cryptsetup-bin erofs-utils strace
     libssl-dev pkg-config python3-venv
     openssl libglib2.0-0 libpixman-1-0 libnettle8 libhogweed6 libgmp10 libssl3 zlib1g"
 targets="x86_64-unknown-linux-musl x86_64-unknown-none"
