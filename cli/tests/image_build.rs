@@ -170,7 +170,7 @@ fn what_cannot_be_done_leaves_no_file_and_the_old_one_alone() {
         (vec!["build", "--kernel", "k", "--platforms", "cca", "-o", "d.igvm"], "not plain, snp or tdx"),
         (
             vec!["build", "--kernel", "k", "--policy", "plain=1", "-o", "d.igvm"],
-            "not snp=N, tdx=N or host-data",
+            "not snp=N, tdx=N, host-data or accept-all",
         ),
         (vec!["build", "--kernel", "k"], "--output <FILE>"),
         (vec!["inspect", "nothing"], "cannot read nothing: No such file"),

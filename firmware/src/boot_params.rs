@@ -4,7 +4,7 @@
 
 use core::ops::Range;
 
-use crate::{e820, layout};
+use crate::{e820, efi, layout};
 
 /// Size of `boot_params`, bytes.
 pub const SIZE: usize = layout::PAGE_SIZE as usize;
@@ -62,9 +62,13 @@ pub(crate) fn begin_for_elf(page: &mut [u8]) {
 }
 
 /// Adds what the loader says, for a domain with `memory` bytes of RAM: `initrd` lies below 4 GiB, and is empty if there
-/// is none; `setup_data` is the address of the first node, or 0.
-pub(crate) fn complete(page: &mut [u8], memory: u64, initrd: Range<u64>, setup_data: u64) {
+/// is none; `setup_data` is the address of the first node, or 0; `efi` says whether there are the tables of [`efi`].
+pub(crate) fn complete(page: &mut [u8], memory: u64, initrd: Range<u64>, setup_data: u64, efi: bool) {
     put(page, 0x070, layout::ACPI_TABLES.to_le_bytes());
+    if efi {
+        let info = efi::INFO.map(u32::to_le_bytes);
+        (0x1c0..).step_by(4).zip(info).for_each(|(offset, word)| put(page, offset, word));
+    }
     put(page, 0x210, [TYPE_OF_LOADER]);
     put(page, 0x218, (initrd.start as u32).to_le_bytes());
     put(page, 0x21c, (initrd.end.wrapping_sub(initrd.start) as u32).to_le_bytes());

@@ -6,6 +6,8 @@ use crate::layout;
 pub const RAM: u32 = 1;
 /// Type of memory that the kernel must leave alone.
 pub const RESERVED: u32 = 2;
+/// Type of memory with ACPI tables. In a protected domain, Linux takes reserved memory for memory that the host shares.
+pub const ACPI: u32 = 3;
 
 /// One range of the map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,18 +16,19 @@ pub struct Range {
     pub address: u64,
     /// Bytes.
     pub size: u64,
-    /// [`RAM`] or [`RESERVED`].
+    /// [`RAM`], [`RESERVED`] or [`ACPI`].
     pub kind: u32,
 }
 
-/// The map of a domain with `memory` bytes of RAM, by rising address. The ACPI tables
-/// and the reset stub lie in its reserved range.
+/// The map of a domain with `memory` bytes of RAM, by rising address. The reset stub lies in a reserved range.
 pub fn map(memory: u64) -> impl Iterator<Item = Range> {
     let [(_, low), (high_address, high)] = layout::ram_ranges(memory);
     let range = |address: u64, end: u64, kind| Range { address, size: end.saturating_sub(address), kind };
     let map = [
         range(0, layout::LOW_MEMORY_END, RAM),
-        range(layout::LOW_MEMORY_END, layout::HIGH_MEMORY, RESERVED),
+        range(layout::LOW_MEMORY_END, layout::ACPI_TABLES, RESERVED),
+        range(layout::ACPI_TABLES, layout::RESET_STUB_PAGE, ACPI),
+        range(layout::RESET_STUB_PAGE, layout::HIGH_MEMORY, RESERVED),
         range(layout::HIGH_MEMORY, low, RAM),
         Range { address: high_address, size: high, kind: RAM },
     ];
@@ -44,12 +47,16 @@ mod tests {
     #[test]
     fn small_and_large_memory() {
         let ranges = |memory| map(memory).collect::<Vec<_>>();
-        let low = [range(0, 0x9_0000, RAM), range(0x9_0000, 0x7_0000, RESERVED)];
-        assert_eq!(ranges(128 * MIB), [low[0], low[1], range(MIB, 127 * MIB, RAM)]);
-        assert_eq!(ranges(3 * GIB), [low[0], low[1], range(MIB, 3 * GIB - MIB, RAM)]);
-        assert_eq!(
-            ranges(5 * GIB),
-            [low[0], low[1], range(MIB, 3 * GIB - MIB, RAM), range(4 * GIB, 2 * GIB, RAM)]
-        );
+        let low = vec![
+            range(0, 0x9_0000, RAM),
+            range(0x9_0000, 0x5_0000, RESERVED),
+            range(0xE_0000, 0x1_F000, ACPI),
+            range(0xF_F000, 0x1000, RESERVED),
+        ];
+        let with = |high: &[Range]| [&low, high].concat();
+        assert_eq!(ranges(128 * MIB), with(&[range(MIB, 127 * MIB, RAM)]));
+        assert_eq!(ranges(3 * GIB), with(&[range(MIB, 3 * GIB - MIB, RAM)]));
+        let high = [range(MIB, 3 * GIB - MIB, RAM), range(4 * GIB, 2 * GIB, RAM)];
+        assert_eq!(ranges(5 * GIB), with(&high));
     }
 }

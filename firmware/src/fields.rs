@@ -25,8 +25,13 @@ impl Fields<'_> {
 
     /// Whether all that is left is zero.
     pub fn rest_is_zero(&self) -> bool {
-        self.0.iter().all(|&byte| byte == 0)
+        is_zero(self.0)
     }
+}
+
+/// Whether all bytes are zero. (Two arrays would be compared by a function of half a KiB.)
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|&byte| byte == 0)
 }
 
 /// The place of the fields that are yet to be written.
@@ -34,6 +39,7 @@ pub(crate) struct Place<'a>(pub &'a mut [u8]);
 
 impl Place<'_> {
     /// Writes `field`, as far as there is room.
+    #[inline(never)]
     pub fn put(&mut self, field: &[u8]) {
         let (here, rest) = core::mem::take(&mut self.0).split_at_mut_checked(field.len()).unwrap_or_default();
         here.copy_from_slice(field.get(..here.len()).unwrap_or_default());

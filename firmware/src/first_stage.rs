@@ -2,14 +2,16 @@
 //!
 //! 1. Read the launch manifest, which is measured, and a copy of the parameter page,
 //!    which is not; refuse parameters that the manifest does not allow.
-//! 2. Make the domain's RAM its private memory.
+//! 2. Where memory must be accepted: keep the books of it ([`acceptance`]), and accept whatever the next steps write to, or, if
+//!    the manifest says so, all of it.
 //! 3. Copy the command line, the kernel and the initrd from the load window into private
 //!    memory, each to its final place, and compare the hash of *the copy* with the
 //!    manifest's. The window is shared with the host and may change at any time, so each
 //!    byte is read from it once, and nothing in it is ever looked into. All addresses and
 //!    sizes are the manifest's.
 //! 4. Read the headers of the kernel that was found good, put its segments in place.
-//! 5. Write what a kernel expects: `boot_params` with the memory map, the ACPI tables.
+//! 5. Write what a kernel expects: `boot_params` with the memory map, the ACPI tables, and the EFI tables by which it
+//!    accepts the rest of the memory itself.
 //!
 //! The order of 3 matters for the sizes: nothing is copied before it is known to end
 //! inside the RAM, below what comes next.
@@ -17,23 +19,34 @@
 use core::ops::Range;
 
 use crate::boot::Kernel;
+use crate::fields::Place;
 use crate::layout::{
-    ACPI_TABLES, ACPI_TABLES_SIZE, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, HIGH_MEMORY, HOST_DATA_NODE,
-    PARAMETER_PAGE, RESET_STUB,
+    ACPI_TABLES, ACPI_TABLES_SIZE, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, EFI_TABLES, HIGH_MEMORY,
+    HOST_DATA_NODE, PARAMETER_PAGE, RESET_STUB, UNACCEPTED_TABLE,
 };
 use crate::manifest::{self, Item, KernelFormat, Manifest};
 use crate::parameters::{Parameters, ParametersError};
 use crate::reason::Reason;
 use crate::sha256::Method;
-use crate::{acpi, boot_params, layout, parameters, reset_stub};
+use crate::{acceptance, acpi, arguments, boot_params, efi, layout, parameters, reset_stub};
 
 /// `setup_data.type` of the node with the host data; Linux shows it below /sys/kernel/boot_params/setup_data.
 pub const HOST_DATA_TYPE: u32 = u32::from_le_bytes(*b"CFHD");
 
-/// What differs from one platform to another, and the memory of the domain.
+/// What differs from one platform to another, and the memory of the domain. Errors are the reason why the domain must end.
 pub trait Platform {
-    /// Makes the RAM of a domain with `memory` bytes private, but for the pages of the image, which are.
-    fn accept_memory(&mut self, memory: u64);
+    /// Comes first: from here on the first unit of [`acceptance`] can be used.
+    fn start(&mut self) -> Result<(), Reason>;
+
+    /// Whether the rest of the RAM must be accepted before it can be used.
+    fn must_accept(&self) -> bool;
+
+    /// Accepts RAM, which was not accepted before: it begins with a unit of [`acceptance`], and ends with one or with the RAM.
+    fn accept(&mut self, memory: Range<u64>) -> Result<(), Reason>;
+
+    /// Comes last: undoes what only the first stage needs, and writes what the kernel needs of the platform. Returns the address
+    /// of a `setup_data` node, or 0.
+    fn finish(&mut self) -> Result<u64, Reason>;
 
     /// The launch manifest, which the image brought.
     fn launch_manifest(&self) -> &[u8; manifest::SIZE];
@@ -58,7 +71,7 @@ pub trait Platform {
 }
 
 /// Stops the domain, after some words on its console.
-pub fn refuse(platform: &mut impl Platform, reason: Reason) -> ! {
+pub fn refuse(platform: &mut dyn Platform, reason: Reason) -> ! {
     for text in ["\nfirst stage: ", reason.words(), "\n"] {
         text.bytes().for_each(|byte| platform.console(byte));
     }
@@ -70,18 +83,31 @@ pub fn refuse(platform: &mut impl Platform, reason: Reason) -> ! {
 ///
 /// # Errors
 /// Why the kernel must not run.
-pub fn prepare(platform: &mut impl Platform) -> Result<u64, Reason> {
+pub fn prepare(platform: &mut dyn Platform) -> Result<u64, Reason> {
+    platform.start()?;
     let manifest = Manifest::decode(platform.launch_manifest()).map_err(|_| Reason::Manifest)?;
     let parameters = read_parameters(platform, &manifest)?;
     let memory = parameters.memory;
-    platform.accept_memory(memory);
+    // Whether the kernel is going to accept memory itself.
+    let lazy = platform.must_accept() && !manifest.accept_all;
+    if platform.must_accept() {
+        acceptance::begin(platform.memory(UNACCEPTED_TABLE, acceptance::SIZE as u64), memory);
+        let first = if lazy { acceptance::remainder(memory) } else { 0..layout::ram_end(memory) };
+        accept(platform, first, memory)?;
+    }
 
     let method = if parameters.sha_instructions { hash_method(platform) } else { Method::PORTABLE };
     let kernel = load_kernel(platform, method, &manifest, memory)?;
-    load_command_line(platform, method, &manifest.command_line, &kernel)?;
+    load_command_line(platform, method, &manifest, &kernel, memory)?;
     let initrd = load_initrd(platform, method, &manifest, &kernel, memory)?;
-    let setup_data = if manifest.host_data { write_host_data(platform, &parameters.host_data) } else { 0 };
-    boot_params::complete(platform.memory(BOOT_PARAMS, boot_params::SIZE as u64), memory, initrd, setup_data);
+    if lazy {
+        efi::build(platform.memory(EFI_TABLES, efi::SIZE as u64));
+    }
+    let node = platform.finish()?;
+    let setup_data =
+        if manifest.host_data { write_host_data(platform, &parameters.host_data, node) } else { node };
+    let params = platform.memory(BOOT_PARAMS, boot_params::SIZE as u64);
+    boot_params::complete(params, memory, initrd, setup_data, lazy);
     let tables = acpi::Config {
         vcpus: parameters.vcpus,
         virtio_mmio_slots: parameters.virtio_mmio_slots,
@@ -94,7 +120,7 @@ pub fn prepare(platform: &mut impl Platform) -> Result<u64, Reason> {
     Ok(kernel.entry)
 }
 
-fn read_parameters(platform: &mut impl Platform, manifest: &Manifest) -> Result<Parameters, Reason> {
+fn read_parameters(platform: &mut dyn Platform, manifest: &Manifest) -> Result<Parameters, Reason> {
     // Where the command line will be: the parameters are needed no longer by then.
     platform.copy(PARAMETER_PAGE, COMMAND_LINE, parameters::SIZE as u64);
     let copy = platform.memory(COMMAND_LINE, parameters::SIZE as u64).first_chunk();
@@ -109,9 +135,21 @@ fn read_parameters(platform: &mut impl Platform, manifest: &Manifest) -> Result<
     })
 }
 
+/// Accepts what of `range` is RAM and was not accepted before.
+fn accept(platform: &mut dyn Platform, range: Range<u64>, memory: u64) -> Result<(), Reason> {
+    if platform.must_accept() {
+        loop {
+            let table = platform.memory(UNACCEPTED_TABLE, acceptance::SIZE as u64);
+            let Some(units) = acceptance::take(table, &range, memory) else { break };
+            platform.accept(units)?;
+        }
+    }
+    Ok(())
+}
+
 /// Copies an item to private memory, and checks the copy.
 fn fetch(
-    platform: &mut impl Platform,
+    platform: &mut dyn Platform,
     method: Method,
     item: &Item,
     to: u64,
@@ -119,16 +157,15 @@ fn fetch(
 ) -> Result<(), Reason> {
     platform.copy(item.address, to, item.size);
     let copy = platform.memory(to, item.size);
-    if copy.len() as u64 != item.size || method.digest(copy) != item.sha256 {
-        return Err(mismatch);
-    }
-    Ok(())
+    // Two arrays would be compared by a function of half a KiB.
+    let same = method.digest(copy).iter().zip(&item.sha256).all(|(is, should)| is == should);
+    if copy.len() as u64 == item.size && same { Ok(()) } else { Err(mismatch) }
 }
 
 /// The fastest method of this processor.
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
-fn hash_method(platform: &impl Platform) -> Method {
+fn hash_method(platform: &dyn Platform) -> Method {
     let [_, _, ecx, _] = platform.cpuid(1, 0);
     let [last_leaf, ..] = platform.cpuid(0, 0);
     let ebx = if last_leaf < 7 { 0 } else { platform.cpuid(7, 0)[1] };
@@ -137,13 +174,13 @@ fn hash_method(platform: &impl Platform) -> Method {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn hash_method(_platform: &impl Platform) -> Method {
+fn hash_method(_platform: &dyn Platform) -> Method {
     Method::PORTABLE
 }
 
 /// Loads the kernel, and begins `boot_params` with what it brings for them.
 fn load_kernel(
-    platform: &mut impl Platform,
+    platform: &mut dyn Platform,
     method: Method,
     manifest: &Manifest,
     memory: u64,
@@ -153,6 +190,7 @@ fn load_kernel(
     if at < HIGH_MEMORY || at > low || file.size > low - at {
         return Err(Reason::KernelPlace);
     }
+    accept(platform, at..at.wrapping_add(file.size), memory)?;
     fetch(platform, method, file, at, Reason::KernelHash)?;
     let kernel = Kernel::read(platform.memory(at, file.size), file.size).map_err(|_| Reason::KernelFormat)?;
     if kernel.format() != manifest.kernel.format {
@@ -161,6 +199,7 @@ fn load_kernel(
     if !kernel.can_be_copied_to(at) || kernel.memory(at).end > low {
         return Err(Reason::KernelPlace);
     }
+    accept(platform, kernel.memory(at), memory)?;
     // Before the file is moved, as a segment may come to lie on its header.
     match kernel.format() {
         KernelFormat::BzImage => {
@@ -185,23 +224,32 @@ fn load_kernel(
 }
 
 fn load_command_line(
-    platform: &mut impl Platform,
+    platform: &mut dyn Platform,
     method: Method,
-    line: &Item,
+    manifest: &Manifest,
     kernel: &Kernel,
+    memory: u64,
 ) -> Result<(), Reason> {
-    if line.size > kernel.command_line_max {
+    let line = &manifest.command_line;
+    let place = platform.memory(COMMAND_LINE, COMMAND_LINE_MAX as u64 + 1);
+    place.fill(0);
+    let mut length = 0;
+    if platform.must_accept() {
+        let kernel_end = kernel.memory(manifest.kernel.address).end;
+        let place = platform.memory(COMMAND_LINE, arguments::MAX_SIZE as u64);
+        length = arguments::write(place, !manifest.accept_all, memory, kernel_end) as u64;
+    }
+    if length.saturating_add(line.size) > kernel.command_line_max {
         return Err(Reason::CommandLine);
     }
-    platform.memory(COMMAND_LINE, COMMAND_LINE_MAX as u64 + 1).fill(0);
     if line.is_empty() {
         return Ok(());
     }
-    fetch(platform, method, line, COMMAND_LINE, Reason::CommandLineHash)
+    fetch(platform, method, line, COMMAND_LINE.wrapping_add(length), Reason::CommandLineHash)
 }
 
 fn load_initrd(
-    platform: &mut impl Platform,
+    platform: &mut dyn Platform,
     method: Method,
     manifest: &Manifest,
     kernel: &Kernel,
@@ -212,19 +260,18 @@ fn load_initrd(
         return Ok(0..0);
     }
     let place = kernel.place_initrd(manifest.kernel.address, item.size, memory).ok_or(Reason::InitrdPlace)?;
+    accept(platform, place.clone(), memory)?;
     fetch(platform, method, item, place.start, Reason::InitrdHash)?;
     Ok(place)
 }
 
-/// Writes the `setup_data` node with the host data, and returns its address.
-fn write_host_data(platform: &mut impl Platform, host_data: &[u8; 32]) -> u64 {
-    let mut node = [0; 48]; // no next node
-    let (head, data) = node.split_at_mut(16);
-    let fields = HOST_DATA_TYPE.to_le_bytes().into_iter().chain((host_data.len() as u32).to_le_bytes());
-    head.iter_mut().skip(8).zip(fields).for_each(|(to, from)| *to = from);
-    data.iter_mut().zip(host_data).for_each(|(to, from)| *to = *from);
-    let place = platform.memory(HOST_DATA_NODE, node.len() as u64);
-    place.iter_mut().zip(node).for_each(|(to, from)| *to = from);
+/// Writes the `setup_data` node with the host data, before the node `next`, and returns its address.
+fn write_host_data(platform: &mut dyn Platform, host_data: &[u8; 32], next: u64) -> u64 {
+    let mut place = Place(platform.memory(HOST_DATA_NODE, 16 + host_data.len() as u64));
+    place.put(&next.to_le_bytes());
+    place.put(&HOST_DATA_TYPE.to_le_bytes());
+    place.put(&(host_data.len() as u32).to_le_bytes());
+    place.put(host_data);
     HOST_DATA_NODE
 }
 

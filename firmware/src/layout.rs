@@ -14,10 +14,13 @@
 //!   0x0001_E000    launch manifest
 //!   0x0001_F000    parameter page
 //!   0x0002_0000    kernel command line
-//!   0x0002_1000    host data, as setup_data of the boot protocol
+//!   0x0002_1000    setup_data of the boot protocol: host data, and what leads to SEV-SNP's blob
 //!   0x0009_0000    end of usable low memory
+//!   0x0009_0000    SEV-SNP: the first stage's GHCB, then the confidential-computing blob
 //!   0x0009_2000    SEV-SNP: secrets page, then CPUID page
-//!   0x000E_0000    ACPI tables, RSDP first (reserved in the e820 map)
+//!   0x0009_4000    EFI tables, for kernels that accept memory themselves
+//!   0x0009_5000    unaccepted memory table (2 pages)
+//!   0x000E_0000    ACPI tables, RSDP first (a type of its own in the e820 map)
 //!   0x000F_F000    reset stub: a BIOS-style jump to ffff:0 becomes a reset
 //!   0x0010_0000    kernel (at its preferred address), initrd at the end of
 //!                  the RAM below 3 GiB
@@ -91,12 +94,23 @@ pub const COMMAND_LINE: u64 = 0x2_0000;
 pub const COMMAND_LINE_MAX: usize = 2048;
 /// A `setup_data` node with the domain's host data, if its image wants them.
 pub const HOST_DATA_NODE: u64 = 0x2_1000;
+/// The `setup_data` node that leads to [`SNP_CC_BLOB`]. It is in memory that the e820 map calls RAM: there Linux sets such
+/// nodes apart itself, while in reserved memory it would read them as shared memory.
+pub const SNP_CC_NODE: u64 = 0x2_1100;
 /// End of usable low memory; from here to 1 MiB the e820 map says "reserved".
 pub const LOW_MEMORY_END: u64 = 0x9_0000;
+/// SEV-SNP's GHCB of the first stage: shared with the host while it is in use, and private before the kernel runs.
+pub const SNP_GHCB: u64 = 0x9_0000;
+/// SEV-SNP's confidential-computing blob ([`crate::snp::cc_blob`]).
+pub const SNP_CC_BLOB: u64 = 0x9_1000;
 /// SEV-SNP's secrets page.
 pub const SNP_SECRETS: u64 = 0x9_2000;
 /// SEV-SNP's CPUID page.
 pub const SNP_CPUID: u64 = 0x9_3000;
+/// The EFI tables that lead to [`UNACCEPTED_TABLE`] ([`crate::efi`]), one page.
+pub const EFI_TABLES: u64 = 0x9_4000;
+/// The table of the memory that is yet to be accepted ([`crate::acceptance`]).
+pub const UNACCEPTED_TABLE: u64 = 0x9_5000;
 /// RSDP; the other ACPI tables follow it.
 pub const ACPI_TABLES: u64 = 0xE_0000;
 /// Space for the ACPI tables, bytes.
@@ -193,6 +207,11 @@ pub const fn virtio_mmio_pin(slot: u8) -> u8 {
     VIRTIO_MMIO_FIRST_PIN + slot
 }
 
+/// The end of the RAM of a domain with `memory` bytes.
+pub const fn ram_end(memory: u64) -> u64 {
+    if memory <= GAP_START { memory } else { GAP_END + (memory - GAP_START) }
+}
+
 /// The two ranges of RAM, as (start, length) in bytes; the second is empty up
 /// to 3 GiB of memory.
 pub const fn ram_ranges(memory: u64) -> [(u64, u64); 2] {
@@ -205,7 +224,14 @@ const _: () = {
     assert!(STAGE_PAGE_DIRECTORIES + 4 * PAGE_SIZE == STAGE_PAGE_TABLES);
     assert!(STAGE_PAGE_TABLES + 2 * PAGE_SIZE <= LAUNCH_MANIFEST);
     assert!(PARAMETER_PAGE + PAGE_SIZE <= COMMAND_LINE);
-    assert!(COMMAND_LINE + (COMMAND_LINE_MAX as u64) < HOST_DATA_NODE);
+    assert!(COMMAND_LINE + (COMMAND_LINE_MAX as u64) < HOST_DATA_NODE && SNP_CC_NODE < LOW_MEMORY_END);
+    assert!(
+        LOW_MEMORY_END <= SNP_GHCB
+            && SNP_GHCB + PAGE_SIZE == SNP_CC_BLOB
+            && SNP_CC_BLOB + PAGE_SIZE == SNP_SECRETS
+    );
+    assert!(SNP_SECRETS + PAGE_SIZE == SNP_CPUID && SNP_CPUID + PAGE_SIZE == EFI_TABLES);
+    assert!(EFI_TABLES + PAGE_SIZE == UNACCEPTED_TABLE && UNACCEPTED_TABLE + 2 * PAGE_SIZE <= ACPI_TABLES);
     assert!(ACPI_TABLES + ACPI_TABLES_SIZE <= RESET_STUB_PAGE);
     assert!(LOAD_WINDOW + LOAD_WINDOW_SIZE <= VIRTIO_MMIO);
     assert!(GUEST_PORT_MMIO < IO_APIC);

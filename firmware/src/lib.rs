@@ -5,10 +5,14 @@
 //! No `std` and no allocation: the measured first stage links this crate.
 #![cfg_attr(not(test), no_std)]
 
+pub mod acceptance;
 pub mod acpi;
+pub mod arguments;
 pub mod boot;
 pub mod boot_params;
+mod bytes;
 pub mod e820;
+pub mod efi;
 mod fields;
 pub mod first_stage;
 pub mod layout;
@@ -18,3 +22,4 @@ pub mod parameters;
 pub mod reason;
 pub mod reset_stub;
 pub mod sha256;
+pub mod snp;

@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | 0x000 | 8 | magic, "COFFERDM" |
 //! | 0x008 | 4 | version, 1 |
-//! | 0x00C | 4 | flags: bit 0, the domain wants host data |
+//! | 0x00C | 4 | flags: bit 0, the domain wants host data; bit 1, all memory is accepted before the kernel runs |
 //! | 0x010 | 64 | kernel |
 //! | 0x050 | 64 | initrd |
 //! | 0x090 | 64 | command line |
@@ -33,7 +33,7 @@
 use core::fmt;
 use core::ops::RangeInclusive;
 
-use crate::fields::{Fields, Place};
+use crate::fields::{Fields, Place, is_zero};
 use crate::layout::{self, COMMAND_LINE_MAX, GAP_START, HIGH_MEMORY, MIB, PAGE_SIZE};
 
 /// Size of the manifest, bytes.
@@ -44,6 +44,7 @@ pub const MAGIC: [u8; 8] = *b"COFFERDM";
 pub const VERSION: u32 = 1;
 
 const FLAG_HOST_DATA: u32 = 1 << 0;
+const FLAG_ACCEPT_ALL: u32 = 1 << 1;
 
 const FORMAT_BZ_IMAGE: u32 = 1;
 const FORMAT_ELF: u32 = 2;
@@ -65,6 +66,9 @@ pub struct Manifest {
     pub max_memory: u64,
     /// Whether the first stage hands the host data of the parameter page to the kernel. Without, they must be zero.
     pub host_data: bool,
+    /// Whether the first stage of a protected domain accepts all memory, for a kernel that does not accept what is left
+    /// (Linux without `CONFIG_UNACCEPTED_MEMORY`).
+    pub accept_all: bool,
 }
 
 /// The kernel of a manifest.
@@ -245,7 +249,7 @@ impl RawItem {
         if self.copy_address != 0 {
             return Err(ManifestError::CopyAddress { part, address: self.copy_address });
         }
-        if self.item.is_empty() && self.item == Item::default() {
+        if self.item.is_empty() && self.item.address == 0 && is_zero(&self.item.sha256) {
             return Ok(self.item);
         }
         self.in_window(part)
@@ -285,7 +289,7 @@ impl Manifest {
             return Err(ManifestError::Version { given: version });
         }
         let flags = fields.u32();
-        if flags & !FLAG_HOST_DATA != 0 {
+        if flags & !(FLAG_HOST_DATA | FLAG_ACCEPT_ALL) != 0 {
             return Err(ManifestError::Flags { given: flags });
         }
         let kernel = read_kernel(&RawItem::read(&mut fields))?;
@@ -315,6 +319,7 @@ impl Manifest {
             min_memory: min,
             max_memory: max,
             host_data: flags & FLAG_HOST_DATA != 0,
+            accept_all: flags & FLAG_ACCEPT_ALL != 0,
         })
     }
 
@@ -324,7 +329,9 @@ impl Manifest {
         let mut place = Place(&mut page);
         place.put(&MAGIC);
         place.put(&VERSION.to_le_bytes());
-        place.put(&(if self.host_data { FLAG_HOST_DATA } else { 0 }).to_le_bytes());
+        let host_data = if self.host_data { FLAG_HOST_DATA } else { 0 };
+        let accept_all = if self.accept_all { FLAG_ACCEPT_ALL } else { 0 };
+        place.put(&(host_data | accept_all).to_le_bytes());
         let format = match self.kernel.format {
             KernelFormat::BzImage => FORMAT_BZ_IMAGE,
             KernelFormat::Elf => FORMAT_ELF,

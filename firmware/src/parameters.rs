@@ -22,7 +22,7 @@
 
 use core::fmt;
 
-use crate::fields::{Fields, Place};
+use crate::fields::{Fields, Place, is_zero};
 use crate::layout::{self, MIB};
 use crate::manifest::Manifest;
 
@@ -151,7 +151,7 @@ impl Parameters {
             return Err(ParametersError::VirtioMmioSlots { given: slots });
         }
         let host_data = fields.bytes();
-        if host_data != [0; 32] && !manifest.host_data {
+        if !is_zero(&host_data) && !manifest.host_data {
             return Err(ParametersError::HostData);
         }
         Ok(Self {

@@ -55,6 +55,20 @@ reasons! {
     CommandLine = 13, "command line not fit for the kernel";
     /// The ACPI tables could not be made.
     AcpiTables = 14, "no ACPI tables";
+    /// SEV-SNP: the hypervisor does not speak version 2 of the GHCB protocol, or not SEV-SNP's part of it.
+    GhcbProtocol = 15, "GHCB protocol not that of SEV-SNP";
+    /// SEV-SNP: the hypervisor does not take the GHCB page.
+    GhcbPage = 16, "GHCB page refused";
+    /// SEV-SNP: the CPUID table cannot be read.
+    CpuidTable = 17, "CPUID table not valid";
+    /// SEV-SNP: pages are made private by another bit of their address than in the image's page tables.
+    PrivateBit = 18, "another encryption bit than the image's";
+    /// SEV-SNP: the hypervisor does not change the state of pages.
+    PageState = 19, "page state change refused";
+    /// SEV-SNP: the processor does not validate a page.
+    PageInvalid = 20, "page cannot be validated";
+    /// SEV-SNP: a page that was to be validated is so already: the hypervisor has put it there twice.
+    PageValid = 21, "page validated before";
 }
 
 impl Reason {

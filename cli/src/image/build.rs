@@ -48,7 +48,11 @@ pub struct BuildArgs {
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = parse_platform,
           default_value = "plain,snp,tdx")]
     pub platforms: Vec<ImagePlatform>,
-    /// snp=N or tdx=N for a platform's guest policy (IGVM's bits), host-data to give the kernel the host's 32 bytes
+    /// snp=N or tdx=N for a platform's guest policy (IGVM's bits), host-data to give the kernel the host's 32 bytes,
+    /// accept-all for kernels that cannot accept memory themselves
+    ///
+    /// accept-all is for Linux without CONFIG_UNACCEPTED_MEMORY (before 6.5): in a protected domain the first stage accepts all
+    /// memory before it starts the kernel, which takes the longer the more there is.
     ///
     /// snp=N is POLICY of the SNP firmware ABI, by default 0x30000: threads may share a core, no debugging, no
     /// migration. tdx=N has bit 0 (debugging) and 1 (no #VE for pages that are not accepted), by default 0x2.
@@ -64,6 +68,8 @@ pub struct BuildArgs {
 pub enum Policy {
     /// The kernel gets the host's data.
     HostData,
+    /// All memory is accepted before the kernel runs.
+    AcceptAll,
     /// Guest policy of SNP.
     Snp(u64),
     /// IGVM's policy of TDX.
@@ -85,9 +91,10 @@ fn parse_policy(text: &str) -> Result<Policy, String> {
     let value = |digits| number(digits).map_err(|_| format!("{digits:?} is not a number such as 0x30000"));
     match text.split_once('=') {
         None if text == "host-data" => Ok(Policy::HostData),
+        None if text == "accept-all" => Ok(Policy::AcceptAll),
         Some(("snp", digits)) => value(digits).map(Policy::Snp),
         Some(("tdx", digits)) => value(digits).map(Policy::Tdx),
-        _ => Err("not snp=N, tdx=N or host-data".to_owned()),
+        _ => Err("not snp=N, tdx=N, host-data or accept-all".to_owned()),
     }
 }
 
@@ -99,6 +106,7 @@ impl BuildArgs {
         for policy in &self.policy {
             match *policy {
                 Policy::HostData => options.host_data = true,
+                Policy::AcceptAll => options.accept_all = true,
                 Policy::Snp(value) => options.snp_policy = value,
                 Policy::Tdx(value) => options.tdx_policy = value,
             }
@@ -150,11 +158,20 @@ mod tests {
     #[test]
     fn policies() {
         assert_eq!(parse_policy("host-data"), Ok(Policy::HostData));
+        assert_eq!(parse_policy("accept-all"), Ok(Policy::AcceptAll));
         assert_eq!(parse_policy("snp=0x30000"), Ok(Policy::Snp(0x30000)));
         assert_eq!(parse_policy("tdx=3"), Ok(Policy::Tdx(3)));
-        for bad in
-            ["", "snp", "snp=", "snp=0x", "snp=-1", "plain=1", "host-data=1", "snp=0x10000000000000000"]
-        {
+        for bad in [
+            "",
+            "snp",
+            "snp=",
+            "snp=0x",
+            "snp=-1",
+            "plain=1",
+            "host-data=1",
+            "accept-all=1",
+            "snp=0x10000000000000000",
+        ] {
             assert!(parse_policy(bad).is_err(), "{bad}");
         }
     }

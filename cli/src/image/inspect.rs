@@ -95,7 +95,8 @@ fn manifest_form(text: &mut String, manifest: &ManifestReport) {
     // Writing to a String cannot fail.
     let _ =
         write!(text, "\n{}, up to {} CPUs, {least} to {most} MiB", manifest.kernel_format, manifest.max_cpus);
-    text.push_str(if manifest.host_data { ", wants host data\n" } else { "\n" });
+    text.push_str(if manifest.host_data { ", wants host data" } else { "" });
+    text.push_str(if manifest.accept_all { ", accepts all memory at the start\n" } else { "\n" });
     text.push_str(&format!("image hash {}\n", manifest.image_hash));
     if let Some(line) = &manifest.command_line_text {
         let line: String = line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();

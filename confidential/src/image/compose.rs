@@ -22,7 +22,7 @@
 use cofferdam_firmware::boot::{self, Kernel};
 use cofferdam_firmware::layout::{self, COMMAND_LINE_MAX, MIB, PAGE_SIZE};
 use cofferdam_firmware::manifest::{self, Manifest, ManifestError};
-use cofferdam_firmware::{page_tables, sha256};
+use cofferdam_firmware::{arguments, page_tables, sha256};
 use thiserror::Error;
 use zerocopy::IntoBytes;
 
@@ -43,9 +43,6 @@ const SNP: u32 = 1 << 1;
 const TDX: u32 = 1 << 2;
 /// All of them.
 const ALL: u32 = PLAIN | SNP | TDX;
-
-/// The bit of an address that makes a page private to an SNP guest. The first stage refuses a processor with another.
-const C_BIT: u64 = 1 << 51;
 
 /// The SNP guest policy of an image for which none is named: any number of threads per core (bit 16), and the bit
 /// that is always 1 (17). No debugging, no migration, any ABI version.
@@ -95,6 +92,8 @@ pub struct Options {
     pub max_memory: u64,
     /// Whether the kernel gets the host's data.
     pub host_data: bool,
+    /// Whether a protected domain accepts all its memory before the kernel runs.
+    pub accept_all: bool,
     /// Guest policy of SNP (SNP firmware ABI, 4.3).
     pub snp_policy: u64,
     /// IGVM's policy of TDX.
@@ -108,6 +107,7 @@ impl Default for Options {
             max_vcpus: layout::MAX_VCPUS,
             max_memory: layout::MAX_MEMORY,
             host_data: false,
+            accept_all: false,
             snp_policy: DEFAULT_SNP_POLICY,
             tdx_policy: DEFAULT_TDX_POLICY,
         }
@@ -123,12 +123,12 @@ pub enum ComposeError {
     /// The kernel cannot be given an initrd of this size in any amount of memory.
     #[error("initrd: {0} bytes find no place below 3 GiB, behind the kernel and where it can reach them")]
     Initrd(usize),
-    /// The kernel takes no command line of this length.
+    /// The kernel takes no command line of this length, with what the first stage puts before it.
     #[error("command line: {length} bytes long, the kernel takes {max}")]
     CommandLine {
         /// Its length, bytes.
         length: usize,
-        /// The kernel's and the monitor's limit, bytes.
+        /// The limit, bytes.
         max: u64,
     },
     /// A command line ends at its first NUL.
@@ -184,7 +184,7 @@ pub struct Composition<'a> {
 pub fn compose<'a>(source: &Source<'a>, options: &Options) -> Result<Composition<'a>, ComposeError> {
     let kernel =
         Kernel::read(source.kernel_head, source.kernel.bytes.len() as u64).map_err(ComposeError::Kernel)?;
-    check_command_line(source.command_line, kernel.command_line_max)?;
+    check_command_line(source.command_line, kernel.command_line_max, options)?;
 
     let initrd = source.initrd.filter(|initrd| !initrd.bytes.is_empty());
     let command_line = Some(Blob::of(source.command_line.as_bytes())).filter(|blob| !blob.bytes.is_empty());
@@ -217,6 +217,7 @@ pub fn compose<'a>(source: &Source<'a>, options: &Options) -> Result<Composition
         min_memory: needed,
         max_memory: options.max_memory,
         host_data: options.host_data,
+        accept_all: options.accept_all,
     };
     let manifest_page = manifest.encode();
     Manifest::decode(&manifest_page).map_err(ComposeError::Manifest)?;
@@ -225,7 +226,7 @@ pub fn compose<'a>(source: &Source<'a>, options: &Options) -> Result<Composition
         manifest,
         manifest_page,
         plain_tables: page_tables::plain(),
-        snp_tables: page_tables::large(C_BIT),
+        snp_tables: page_tables::snp(),
         vmsa: Box::new(entry_vmsa()),
         kernel: source.kernel.bytes,
         initrd,
@@ -317,8 +318,11 @@ fn pages(kind: PageKind, gpa: u64, bytes: &[u8]) -> Option<Item<'_>> {
     (pages != 0).then_some(Item::Pages(run))
 }
 
-fn check_command_line(text: &str, kernel_max: u64) -> Result<(), ComposeError> {
-    let max = kernel_max.min(COMMAND_LINE_MAX as u64);
+fn check_command_line(text: &str, kernel_max: u64, options: &Options) -> Result<(), ComposeError> {
+    // The first stage of a protected domain puts more before it.
+    let protects = options.platforms.iter().any(|platform| *platform != ImagePlatform::Plain);
+    let reserved = if protects { arguments::MAX_SIZE as u64 } else { 0 };
+    let max = kernel_max.min(COMMAND_LINE_MAX as u64).saturating_sub(reserved);
     if text.len() as u64 > max {
         return Err(ComposeError::CommandLine { length: text.len(), max });
     }
@@ -430,7 +434,7 @@ fn entry_vmsa() -> Vmsa {
         rip: stage::ENTRY,
         rflags: RFLAGS,
         cr0: CR0,
-        cr3: layout::STAGE_PAGE_TABLES | C_BIT,
+        cr3: layout::STAGE_PAGE_TABLES | page_tables::SNP_PRIVATE,
         cr4: reset.cr4 | CR4,
         efer: reset.efer | EFER,
         ..reset

@@ -104,6 +104,8 @@ pub struct ManifestReport {
     pub max_memory: u64,
     /// Whether the kernel gets the host's data.
     pub host_data: bool,
+    /// Whether a protected domain accepts all its memory before the kernel runs.
+    pub accept_all: bool,
 }
 
 /// A file that the first stage checks.
@@ -420,6 +422,7 @@ fn manifest_report(manifest: &Manifest, collector: &Collector<'_>) -> ManifestRe
         min_memory: manifest.min_memory,
         max_memory: manifest.max_memory,
         host_data: manifest.host_data,
+        accept_all: manifest.accept_all,
     }
 }
 

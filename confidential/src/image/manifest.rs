@@ -72,6 +72,7 @@ mod tests {
             min_memory: 128 << 20,
             max_memory: 1 << 30,
             host_data: true,
+            accept_all: false,
         }
     }
 

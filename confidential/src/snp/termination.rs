@@ -2,9 +2,8 @@
 //! "Termination Request").
 
 use cofferdam_firmware::reason::Reason;
+use cofferdam_firmware::snp::msr::REASON_SET as FIRST_STAGE;
 
-/// The set of the first stage's own reasons.
-const FIRST_STAGE: u8 = 0xC;
 /// The specification's set.
 const GHCB: u8 = 0;
 /// Linux' set (`arch/x86/include/asm/sev-common.h`).

@@ -2,7 +2,7 @@
 //! compiler. A term that contains others starts with its length, which is known
 //! because its content is complete before the term is made.
 
-use super::bytes::Bytes;
+use crate::bytes::Bytes;
 
 const ZERO_OP: u8 = 0x00;
 const ONE_OP: u8 = 0x01;

@@ -19,8 +19,8 @@ use super::aml::{
     memory, name, notify, package, port_region, ports, resources, serialized_method_of_one, store, string,
     system_bus_device,
 };
-use super::bytes::Bytes;
 use super::table::{HEADER_SIZE, Tables, header};
+use crate::bytes::Bytes;
 use crate::layout;
 
 /// From revision 2 on, integers have 64 bits.

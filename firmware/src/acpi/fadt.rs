@@ -2,8 +2,8 @@
 //! power-management timer, no event block and no SCI; what is left is the reset
 //! register, the two sleep registers, and what the guest need not look for.
 
-use super::bytes::Bytes;
 use super::table::{OEM_TABLE_ID, header};
+use crate::bytes::Bytes;
 use crate::layout;
 
 const REVISION: u8 = 6;

@@ -13,7 +13,6 @@
 //! which keeps the code small enough to be measured with the first stage.
 
 mod aml;
-mod bytes;
 mod dsdt;
 mod fadt;
 mod madt;
@@ -23,8 +22,8 @@ mod tests;
 
 use core::fmt;
 
+use crate::bytes::Bytes;
 use crate::layout;
-use bytes::Bytes;
 use table::{HEADER_SIZE, OEM_ID, Tables, header};
 
 /// Size of the largest tables, bytes: what a buffer needs for any [`Config`].

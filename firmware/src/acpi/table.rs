@@ -1,7 +1,7 @@
 //! What all tables have in common: the header (ACPI 6.4, 5.2.6), its length and
 //! checksum, and the buffer into which they are written one after the other.
 
-use super::bytes::Bytes;
+use crate::bytes::Bytes;
 
 /// Size of the header of a table, bytes.
 pub(super) const HEADER_SIZE: usize = 36;

@@ -13,6 +13,11 @@ const LINE: u64 = LOAD_WINDOW + 0x40_0000;
 /// A domain in a vector, and a host that shows a window and may change it at every look.
 struct Model {
     ram: Vec<u8>,
+    /// Memory that was accepted, of a protected domain.
+    accepted: Option<Vec<Range<u64>>>,
+    /// Stops accepting after this number of bytes.
+    accept_at_most: u64,
+    finished: bool,
     manifest: [u8; manifest::SIZE],
     parameters: Vec<u8>,
     window: Vec<(u64, Vec<u8>)>,
@@ -42,24 +47,63 @@ impl Model {
     fn at(&self, address: u64, length: usize) -> &[u8] {
         &self.ram[address as usize..][..length]
     }
+
+    /// That private memory may be used.
+    fn check(&self, address: u64, length: u64) {
+        assert!(!(layout::STAGE..COMMAND_LINE).contains(&address));
+        let Some(accepted) = &self.accepted else { return };
+        assert!(!accepted.is_empty(), "not started");
+        let mut at = address;
+        while at < address + length {
+            let range = accepted.iter().find(|range| range.contains(&at));
+            at = range.unwrap_or_else(|| panic!("{at:#x} is not accepted")).end;
+        }
+    }
+
+    /// Bytes that were accepted.
+    fn sum(&self) -> u64 {
+        self.accepted.iter().flatten().map(|range| range.end - range.start).sum()
+    }
 }
 
 impl Platform for Model {
-    fn accept_memory(&mut self, memory: u64) {
-        assert_eq!(memory, RAM);
+    fn start(&mut self) -> Result<(), Reason> {
+        if let Some(accepted) = &mut self.accepted {
+            assert!(accepted.is_empty());
+            accepted.push(0..acceptance::UNIT);
+        }
+        Ok(())
+    }
+    fn must_accept(&self) -> bool {
+        self.accepted.is_some()
+    }
+    fn accept(&mut self, memory: Range<u64>) -> Result<(), Reason> {
+        assert!(!self.finished && memory.start.is_multiple_of(acceptance::UNIT) && !memory.is_empty());
+        assert!(memory.end.is_multiple_of(acceptance::UNIT) || memory.end == self.ram.len() as u64);
+        let accepted = self.accepted.as_mut().unwrap();
+        assert!(accepted.iter().all(|other| memory.end <= other.start || other.end <= memory.start));
+        accepted.push(memory);
+        if self.sum() > self.accept_at_most { Err(Reason::PageInvalid) } else { Ok(()) }
+    }
+    fn finish(&mut self) -> Result<u64, Reason> {
+        assert!(!self.finished);
+        self.finished = true;
+        Ok(if self.must_accept() { layout::SNP_CC_NODE } else { 0 })
     }
     fn launch_manifest(&self) -> &[u8; manifest::SIZE] {
         &self.manifest
     }
     fn memory(&mut self, address: u64, length: u64) -> &mut [u8] {
-        assert!(!(layout::STAGE..COMMAND_LINE).contains(&address));
+        self.check(address, length);
         &mut self.ram[address as usize..][..length as usize]
     }
     fn copy(&mut self, from: u64, to: u64, length: u64) {
+        self.check(to, length);
         if from >= LOAD_WINDOW || from == PARAMETER_PAGE {
             let bytes = self.shared(from, length as usize);
             self.ram[to as usize..][..bytes.len()].copy_from_slice(&bytes);
         } else {
+            self.check(from, length);
             for index in 0..length {
                 self.ram[(to + index) as usize] = self.ram[(from + index) as usize];
             }
@@ -94,6 +138,7 @@ fn manifest(kernel: &[u8], initrd: &[u8], line: &[u8]) -> Manifest {
         min_memory: 32 * MIB,
         max_memory: 128 * MIB,
         host_data: true,
+        accept_all: false,
     }
 }
 
@@ -111,6 +156,9 @@ fn parameters() -> Parameters {
 fn model(kernel: &[u8], initrd: &[u8], line: &[u8]) -> Model {
     Model {
         ram: vec![0xEE; RAM as usize],
+        accepted: None,
+        accept_at_most: u64::MAX,
+        finished: false,
         manifest: manifest(kernel, initrd, line).encode(),
         parameters: parameters().encode().to_vec(),
         window: vec![(KERNEL, kernel.to_vec()), (INITRD, initrd.to_vec()), (LINE, line.to_vec())],
@@ -140,7 +188,7 @@ fn a_bz_image_is_ready_to_run() {
     // The offsets are those of boot.rst and zero-page.rst.
     let params = model.at(BOOT_PARAMS, 4096);
     assert_eq!(u64_at(params, 0x070), ACPI_TABLES);
-    assert_eq!((params[0x1e8], params[0x1ef], params[0x1f0]), (3, 0, 0), "e820 entries, sentinel");
+    assert_eq!((params[0x1e8], params[0x1ef], params[0x1f0]), (5, 0, 0), "e820 entries, sentinel");
     assert_eq!((params[0x1f1], &params[0x202..0x206]), (2, &b"HdrS"[..]));
     assert_eq!((params[0x210], params[0x211]), (0xff, 1));
     assert_eq!((u32_at(params, 0x218), u32_at(params, 0x21c)), (0x3FF_E000, 5000));
@@ -148,7 +196,14 @@ fn a_bz_image_is_ready_to_run() {
     assert_eq!(u64_at(params, 0x250), HOST_DATA_NODE);
     assert_eq!(u64_at(params, 0x258), 0x100_0000, "the rest of the header");
     assert_eq!((params[0x26b], params[0x26c]), (0x77, 0), "to its end, 0x202 + 0x6a, and no further");
-    let e820 = [(0, 0x9_0000, 1), (0x9_0000, 0x7_0000, 2), (MIB, 63 * MIB, 1), (0, 0, 0)];
+    let e820 = [
+        (0, 0x9_0000, 1),
+        (0x9_0000, 0x5_0000, 2),
+        (0xE_0000, 0x1_F000, 3),
+        (0xF_F000, 0x1000, 2),
+        (MIB, 63 * MIB, 1),
+        (0, 0, 0),
+    ];
     for (index, (address, size, kind)) in e820.into_iter().enumerate() {
         let entry = &params[0x2d0 + 20 * index..];
         assert_eq!((u64_at(entry, 0), u64_at(entry, 8), u32_at(entry, 16)), (address, size, kind));
@@ -275,6 +330,108 @@ fn parameters_outside_the_policy_are_told_apart() {
     assert_eq!(prepare(&mut unknown), Err(Reason::Parameters));
     unknown.manifest[0] ^= 1;
     assert_eq!(prepare(&mut unknown), Err(Reason::Manifest));
+}
+
+/// A protected domain with as much memory.
+fn protected(manifest: Manifest, memory: u64, initrd: &[u8], line: &[u8]) -> Model {
+    Model {
+        ram: vec![0xEE; memory as usize],
+        accepted: Some(Vec::new()),
+        manifest: manifest.encode(),
+        parameters: Parameters { memory, ..parameters() }.encode().to_vec(),
+        ..model(&bz_image(), initrd, line)
+    }
+}
+
+fn units_left(model: &Model) -> Vec<u64> {
+    let bitmap = model.at(UNACCEPTED_TABLE + 24, u64_at(model.at(UNACCEPTED_TABLE, 24), 16) as usize);
+    let units = 0..bitmap.len() as u64 * 8;
+    units.filter(|unit| bitmap[(unit / 8) as usize] >> (unit % 8) & 1 != 0).collect()
+}
+
+/// The kernel of `bz_image` is copied to below 16 MiB, and owns 4 MiB from there on.
+#[test]
+fn a_protected_domain_accepts_what_its_kernel_needs_to_start() {
+    let (initrd, line) = ([0x44; 5000], b"console=ttyS0");
+    let mut model = protected(manifest(&bz_image(), &initrd, line), 65 * MIB, &initrd, line);
+    assert_eq!(prepare(&mut model), Ok(0x100_0200));
+    assert!(model.finished);
+    let accepted = model.accepted.clone().unwrap();
+    assert_eq!(accepted, [0..2 * MIB, 64 * MIB..65 * MIB, 14 * MIB..18 * MIB, 18 * MIB..20 * MIB]);
+    assert_eq!(units_left(&model), (1..7).chain(10..32).collect::<Vec<_>>());
+
+    let params = model.at(BOOT_PARAMS, 4096);
+    let words: Vec<u32> = (0x1c0..0x1e0).step_by(4).map(|offset| u32_at(params, offset)).collect();
+    assert_eq!(words, efi::INFO);
+    let mut tables = [0; efi::SIZE];
+    efi::build(&mut tables);
+    assert_eq!(model.at(EFI_TABLES, efi::SIZE), tables);
+    assert_eq!(u64_at(params, 0x250), HOST_DATA_NODE);
+    assert_eq!(
+        u64_at(model.at(HOST_DATA_NODE, 8), 0),
+        layout::SNP_CC_NODE,
+        "the platform's node is the next one"
+    );
+    assert_eq!(model.at(COMMAND_LINE, 57), b"swiotlb=4096 efi=noruntime kernelcore=54M console=ttyS0\0\0");
+}
+
+#[test]
+fn a_protected_domain_accepts_all_memory_if_its_kernel_cannot() {
+    let line = b"console=ttyS0";
+    let all = Manifest { accept_all: true, ..manifest(&bz_image(), &[], line) };
+    let mut model = protected(all, 65 * MIB, &[], line);
+    assert_eq!(prepare(&mut model), Ok(0x100_0200));
+    assert_eq!(model.accepted.clone().unwrap(), [0..2 * MIB, 2 * MIB..65 * MIB]);
+    assert_eq!(units_left(&model), []);
+    assert_eq!(model.at(BOOT_PARAMS + 0x1c0, 32), [0; 32]);
+    assert_eq!(model.at(EFI_TABLES, 4), [0xEE; 4]);
+    assert_eq!(model.at(COMMAND_LINE, 27), b"swiotlb=4096 console=ttyS0\0");
+}
+
+#[test]
+fn without_host_data_the_platform_s_node_is_the_first() {
+    let wants_none = Manifest { host_data: false, ..manifest(&bz_image(), &[], b"") };
+    let mut model = protected(wants_none, 64 * MIB, &[], b"");
+    model.parameters = Parameters { host_data: [0; 32], ..parameters() }.encode().to_vec();
+    prepare(&mut model).unwrap();
+    assert_eq!(u64_at(model.at(BOOT_PARAMS, 4096), 0x250), layout::SNP_CC_NODE);
+    assert_eq!(model.at(COMMAND_LINE, 43), b"swiotlb=4096 efi=noruntime kernelcore=54M \0");
+}
+
+/// Wherever memory cannot be accepted, the domain ends.
+#[test]
+fn memory_that_cannot_be_accepted_ends_the_domain() {
+    let (initrd, line) = ([0x44; 5000], b"console=ttyS0");
+    let manifest = manifest(&bz_image(), &initrd, line);
+    for accept_all in [false, true] {
+        for units in 0..3 {
+            let mut model = protected(Manifest { accept_all, ..manifest }, 64 * MIB, &initrd, line);
+            model.accept_at_most = (1 + units) * acceptance::UNIT;
+            assert_eq!(prepare(&mut model), Err(Reason::PageInvalid), "{accept_all} {units}");
+        }
+    }
+}
+
+#[test]
+fn an_unprotected_domain_has_no_tables_of_memory() {
+    let mut model = model(&bz_image(), &[], b"x");
+    prepare(&mut model).unwrap();
+    assert_eq!(model.at(BOOT_PARAMS + 0x1c0, 32), [0; 32]);
+    assert_eq!(model.at(EFI_TABLES, 0x3000), [0xEE; 0x3000]);
+    assert!(model.finished);
+}
+
+/// With what is put before it.
+#[test]
+fn a_command_line_must_fit_the_kernel() {
+    let before = b"swiotlb=4096 efi=noruntime kernelcore=54M ".len();
+    for (room, expected) in [(0, Err(Reason::CommandLine)), (1, Ok(0x100_0200))] {
+        let max = (before + room) as u32;
+        let kernel = patch(bz_image(), 0x238, &max.to_le_bytes());
+        let mut model = protected(manifest(&kernel, &[], b"x"), 64 * MIB, &[], b"x");
+        model.window[0].1 = kernel;
+        assert_eq!(prepare(&mut model), expected);
+    }
 }
 
 /// What the builder of an image would not do: the manifest is measured, so only a mistake makes these.

@@ -16,6 +16,7 @@ pub(crate) fn manifest() -> Manifest {
         min_memory: 128 * MIB,
         max_memory: 2 * GIB,
         host_data: true,
+        accept_all: false,
     }
 }
 
@@ -53,6 +54,19 @@ fn a_manifest_without_initrd_and_command_line_is_read() {
 }
 
 #[test]
+fn each_flag_has_its_bit() {
+    let flags = |host_data, accept_all| {
+        let manifest = Manifest { host_data, accept_all, ..manifest() };
+        assert_eq!(Manifest::decode(&manifest.encode()), Ok(manifest));
+        manifest.encode()[0xC]
+    };
+    assert_eq!(
+        [flags(false, false), flags(true, false), flags(false, true), flags(true, true)],
+        [0, 1, 2, 3]
+    );
+}
+
+#[test]
 fn each_field_is_checked() {
     use ManifestError as E;
     let window_end = layout::LOAD_WINDOW + layout::LOAD_WINDOW_SIZE;
@@ -63,7 +77,7 @@ fn each_field_is_checked() {
     let cases: &[(usize, &[u8], E)] = &[
         (0, b"c", E::Magic),
         (8, &[2], E::Version { given: 2 }),
-        (0xC, &[3], E::Flags { given: 3 }),
+        (0xC, &[5], E::Flags { given: 5 }),
         (0x10, &word(0xBFFF_F000), kernel(0xBFFF_F000, 14 << 20)),
         (0x10, &word(0xC000_0800), kernel(0xC000_0800, 14 << 20)),
         (0x10, &word(window_end - 0x1000), kernel(window_end - 0x1000, 14 << 20)),

@@ -5,7 +5,8 @@
 //!
 //! It is a flat program at a fixed address, entered in 64-bit mode at its first byte,
 //! with page tables that map the first 4 GiB onto themselves
-//! ([`cofferdam_firmware::page_tables`]). It handles no exceptions: one ends the domain.
+//! ([`cofferdam_firmware::page_tables`]). These also tell it on which platform it runs: what they are is measured where
+//! something is. It handles no exceptions: one ends the domain, as does one that a hypervisor makes up.
 //!
 //! `confidential/build.rs` builds it, and checks its size. There is no panic in it: the
 //! linker would miss the function that the panic handler calls.
@@ -13,16 +14,20 @@
 #![no_main]
 #![allow(unsafe_code)] // entry code in assembly, and memory by its address
 
+mod memory;
 mod plain;
+mod snp;
 mod tdx_reset;
 
-use core::arch::global_asm;
+use core::arch::{asm, global_asm};
 use core::panic::PanicInfo;
 
-use cofferdam_firmware::first_stage;
+use cofferdam_firmware::first_stage::{self, Platform};
 use cofferdam_firmware::layout::BOOT_PARAMS;
+use cofferdam_firmware::page_tables::SNP_PRIVATE;
 
 use crate::plain::Plain;
+use crate::snp::Snp;
 
 global_asm!(
     r#"
@@ -31,6 +36,7 @@ global_asm!(
 stage_start:
     cli
     cld
+    lidt no_interrupts
     mov $stage_stack, %esp
     lgdt gdt_pointer
     mov %cr4, %rax
@@ -52,6 +58,7 @@ stage_start:
 
     // The segments of the entry state, for those who load their selectors anew: __BOOT_CS and __BOOT_DS of Linux.
     .balign 8
+no_interrupts:
 gdt:
     .quad 0
     .quad 0
@@ -70,11 +77,19 @@ gdt_pointer:
 /// Returns where the kernel begins.
 #[unsafe(no_mangle)]
 extern "C" fn stage_main() -> u64 {
-    let mut platform = Plain;
-    match first_stage::prepare(&mut platform) {
+    let platform: &mut dyn Platform = if page_tables() & SNP_PRIVATE == 0 { &mut Plain } else { &mut Snp };
+    match first_stage::prepare(platform) {
         Ok(entry) => entry,
-        Err(reason) => first_stage::refuse(&mut platform, reason),
+        Err(reason) => first_stage::refuse(platform, reason),
     }
+}
+
+/// CR3.
+fn page_tables() -> u64 {
+    let cr3;
+    // SAFETY: reads a register.
+    unsafe { asm!("mov {}, cr3", out(reg) cr3, options(nomem, nostack, preserves_flags)) }
+    cr3
 }
 
 unsafe extern "C" {

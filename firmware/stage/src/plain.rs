@@ -4,63 +4,50 @@
 use core::arch::asm;
 use core::arch::x86_64::__cpuid_count;
 use core::ops::Range;
-use core::slice;
 
 use cofferdam_firmware::first_stage::Platform;
-use cofferdam_firmware::layout::{
-    COMMAND_LINE, GAP_START, LAUNCH_MANIFEST, PAGE_SIZE, REFUSAL_PORT, SERIAL_PORT, STAGE,
-};
+use cofferdam_firmware::layout::{REFUSAL_PORT, SERIAL_PORT};
 use cofferdam_firmware::manifest;
 use cofferdam_firmware::reason::Reason;
 
-/// Memory that holds nothing of the first stage or of its image. Address 0 is left out, as no slice may be there.
-const FREE: [Range<u64>; 2] = [PAGE_SIZE..STAGE, COMMAND_LINE..GAP_START];
+use crate::memory;
 
 /// The serial port's line status register, and its bit "transmitter empty".
 const LINE_STATUS_PORT: u16 = SERIAL_PORT + 5;
 const TRANSMITTER_EMPTY: u8 = 1 << 5;
 
-/// An ordinary virtual machine. There is one value of it, which owns all memory in [`FREE`].
+/// An ordinary virtual machine. There is one value of it, which owns all memory that is free.
 pub struct Plain;
 
-/// Whether `length` bytes at `address` are in [`FREE`].
-fn is_free(address: u64, length: u64) -> bool {
-    FREE.iter().any(|range| range.contains(&address) && length <= range.end - address)
-}
-
 impl Platform for Plain {
-    fn accept_memory(&mut self, _memory: u64) {}
+    fn start(&mut self) -> Result<(), Reason> {
+        Ok(())
+    }
+
+    fn must_accept(&self) -> bool {
+        false
+    }
+
+    fn accept(&mut self, _memory: Range<u64>) -> Result<(), Reason> {
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<u64, Reason> {
+        Ok(0)
+    }
 
     fn launch_manifest(&self) -> &[u8; manifest::SIZE] {
-        // SAFETY: a page of the image, which nothing writes: it is not in `FREE`.
-        unsafe { &*(LAUNCH_MANIFEST as *const [u8; manifest::SIZE]) }
+        memory::launch_manifest()
     }
 
     fn memory(&mut self, address: u64, length: u64) -> &mut [u8] {
-        if !is_free(address, length) {
-            return &mut [];
-        }
-        // SAFETY: mapped, and no part of this program; the borrow of `self` keeps other slices of it away.
-        unsafe { slice::from_raw_parts_mut(address as *mut u8, length as usize) }
+        // SAFETY: the borrow of `self` keeps other slices away.
+        unsafe { memory::slice(address, length) }
     }
 
     fn copy(&mut self, from: u64, to: u64, length: u64) {
-        if !is_free(to, length) {
-            return;
-        }
-        // SAFETY: writes memory that is no part of this program, and to which no slice is borrowed.
-        unsafe {
-            asm!(
-                "rep movsq",
-                "mov ecx, edx",
-                "rep movsb",
-                inout("rsi") from => _,
-                inout("rdi") to => _,
-                inout("rcx") length / 8 => _,
-                in("edx") (length % 8) as u32,
-                options(nostack, preserves_flags)
-            );
-        }
+        // SAFETY: the borrow of `self` keeps slices away.
+        unsafe { memory::copy(from, to, length) }
     }
 
     fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {

@@ -7,12 +7,14 @@
 #![no_main]
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use arbitrary::Arbitrary;
+use cofferdam_firmware::acceptance::UNIT;
 use cofferdam_firmware::boot;
 use cofferdam_firmware::first_stage::{Platform, prepare};
 use cofferdam_firmware::layout::{
-    COMMAND_LINE, GAP_START, LOAD_WINDOW, LOAD_WINDOW_SIZE, MIB, PARAMETER_PAGE, STAGE,
+    COMMAND_LINE, GAP_START, LOAD_WINDOW, LOAD_WINDOW_SIZE, MIB, PARAMETER_PAGE, STAGE, ram_ranges,
 };
 use cofferdam_firmware::manifest::{self, Item, Kernel, KernelFormat, Manifest};
 use cofferdam_firmware::parameters::{self, Parameters};
@@ -34,6 +36,8 @@ struct Input<'a> {
     /// Added to the place to which the kernel is copied.
     copy: i32,
     other_format: bool,
+    protected: bool,
+    accept_all: bool,
     initrd: u16,
     line: u16,
     parameters: Vec<(u8, u64)>,
@@ -56,6 +60,8 @@ struct Model<'a> {
     manifest: [u8; manifest::SIZE],
     parameters: [u8; parameters::SIZE],
     memory: u64,
+    /// Memory that was accepted, of a protected domain.
+    accepted: Option<Vec<Range<u64>>>,
     window: [(u64, &'a [u8]); 3],
     read: Vec<(u64, u64)>,
 }
@@ -71,12 +77,39 @@ impl Model<'_> {
             end <= self.memory.min(GAP_START).max(MIB),
             "writes {length:#x} bytes at {address:#x}, where no RAM is"
         );
+        let Some(accepted) = &self.accepted else { return };
+        let mut at = address;
+        while at < end {
+            at = accepted.iter().find(|range| range.contains(&at)).expect("writes what is not accepted").end;
+        }
     }
 }
 
 impl Platform for Model<'_> {
-    fn accept_memory(&mut self, memory: u64) {
-        assert_eq!(memory, self.memory);
+    fn start(&mut self) -> Result<(), Reason> {
+        if let Some(accepted) = &mut self.accepted {
+            accepted.push(0..UNIT);
+        }
+        Ok(())
+    }
+
+    fn must_accept(&self) -> bool {
+        self.accepted.is_some()
+    }
+
+    fn accept(&mut self, memory: Range<u64>) -> Result<(), Reason> {
+        let ram = ram_ranges(self.memory);
+        let inside = ram.iter().any(|(start, length)| *start <= memory.start && memory.end <= start + length);
+        assert!(inside && !memory.is_empty(), "accepts {memory:#x?}, which is no RAM");
+        let accepted = self.accepted.as_mut().unwrap();
+        let again = accepted.iter().any(|other| memory.start < other.end && other.start < memory.end);
+        assert!(!again, "accepts {memory:#x?} twice");
+        accepted.push(memory);
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<u64, Reason> {
+        Ok(0)
     }
 
     fn launch_manifest(&self) -> &[u8; manifest::SIZE] {
@@ -170,6 +203,7 @@ fuzz_target!(|input: Input| {
         min_memory: 32 * MIB,
         max_memory: 64 << 30,
         host_data: true,
+        accept_all: input.accept_all,
     }
     .encode();
     for &(offset, value) in &input.manifest {
@@ -190,7 +224,8 @@ fuzz_target!(|input: Input| {
     let memory = u64::from_le_bytes(*bytes[0x10..].first_chunk().unwrap());
     MEMORY.with_borrow_mut(|ram| {
         let window = [(LOAD_WINDOW, &kernel[..]), (INITRD, &initrd), (LINE, &line)];
-        let mut model = Model { ram, manifest: page, parameters: bytes, memory, window, read: Vec::new() };
+        let accepted = input.protected.then(Vec::new);
+        let mut model = Model { ram, manifest: page, parameters: bytes, memory, accepted, window, read: Vec::new() };
         match prepare(&mut model) {
             Err(reason) => assert_eq!(Reason::from_code(reason.code()), Some(reason)),
             Ok(entry) => {

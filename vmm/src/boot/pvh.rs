@@ -71,12 +71,31 @@ mod tests {
         // magic and version, flags and module count, module list, command line, RSDP, map, entries
         assert_eq!(
             words(&bytes[..0x38]),
-            [0x1_336e_c578, 0x1_0000_0000, 0x6040, 0x2_0000, 0xe_0000, 0x6080, 4]
+            [0x1_336e_c578, 0x1_0000_0000, 0x6040, 0x2_0000, 0xe_0000, 0x6080, 6]
         );
         assert_eq!(words(&bytes[0x40..0x60]), [0x0700_0000, 0x12_3456, 0, 0]);
         assert_eq!(
             words(&bytes[0x80..]),
-            [0, 0x9_0000, 1, 0x9_0000, 0x7_0000, 2, MIB, 3 * GIB - MIB, 1, 4 * GIB, GIB, 1]
+            [
+                0,
+                0x9_0000,
+                1,
+                0x9_0000,
+                0x5_0000,
+                2,
+                0xE_0000,
+                0x1_F000,
+                3,
+                0xF_F000,
+                0x1000,
+                2,
+                MIB,
+                3 * GIB - MIB,
+                1,
+                4 * GIB,
+                GIB,
+                1
+            ]
         );
     }
 

@@ -73,7 +73,7 @@ mod tests {
         let bytes = params.as_slice();
         assert_eq!(bytes.len(), 4096);
         assert_eq!(u64_at(bytes, 0x070), layout::ACPI_TABLES);
-        assert_eq!(bytes[0x1e8], 4, "e820_entries");
+        assert_eq!(bytes[0x1e8], 6, "e820_entries");
         assert_eq!(bytes[0x1ef], 0, "sentinel");
         assert_eq!(bytes[0x1fe..0x200], [0x55, 0xaa]);
         assert_eq!(&bytes[0x202..0x206], b"HdrS");
@@ -87,7 +87,9 @@ mod tests {
         assert_eq!(u32_at(bytes, 0x238), 2047, "cmdline_size");
         let e820 = [
             (0, 0x9_0000, 1),
-            (0x9_0000, 0x7_0000, 2),
+            (0x9_0000, 0x5_0000, 2),
+            (0xE_0000, 0x1_F000, 3),
+            (0xF_F000, 0x1000, 2),
             (MIB, 3 * GIB - MIB, 1),
             (4 * GIB, GIB, 1),
             (0, 0, 0),

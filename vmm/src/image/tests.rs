@@ -136,8 +136,10 @@ fn the_memory_map_of_others_ends_with_an_empty_entry() {
     let (memory, import) = import(&[area(0x1000, ParameterKind::MemoryMap, 0)], &[]);
     import.unwrap();
     let word = |offset: u64| memory.read_obj::<u64>(GuestAddress(0x1000 + offset)).unwrap();
-    let entries = [0, 24, 48, 72].map(|entry| (word(entry), word(entry + 8), word(entry + 16)));
-    assert_eq!(entries, [(0, 0x90, 0), (0x90, 0x70, 1), (0x100, 0x100, 0), (0, 0, 0)]);
+    let entries = [0, 24, 48, 72, 96, 120].map(|entry| (word(entry), word(entry + 8), word(entry + 16)));
+    let expected =
+        [(0, 0x90, 0), (0x90, 0x50, 1), (0xe0, 0x1f, 1), (0xff, 1, 1), (0x100, 0x100, 0), (0, 0, 0)];
+    assert_eq!(entries, expected);
 }
 
 #[test]

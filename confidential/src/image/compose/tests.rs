@@ -101,6 +101,7 @@ fn the_manifest_says_what_was_asked_for() {
         max_vcpus: 3,
         max_memory: 512 * MIB,
         host_data: true,
+        accept_all: true,
         platforms: vec![ImagePlatform::Tdx, ImagePlatform::Plain],
         ..Options::default()
     };
@@ -109,6 +110,7 @@ fn the_manifest_says_what_was_asked_for() {
     assert_eq!(manifest.kernel.format, KernelFormat::BzImage);
     assert!((manifest.initrd.is_empty(), manifest.command_line.is_empty()) == (true, true));
     assert_eq!((manifest.max_vcpus, manifest.max_memory, manifest.host_data), (3, 512 * MIB, true));
+    assert!(manifest.accept_all);
     assert_eq!(manifest.min_memory, layout::MIN_MEMORY);
     let mut recorder = Recorder::default();
     composition.walk(Selection::All, &mut recorder).unwrap();
@@ -177,7 +179,14 @@ fn what_no_image_can_be_made_of() {
     let text = vec![b'x'; 70_000];
     assert_eq!(refused(&source(&text, &[], ""), |_| ()), "kernel: neither ELF nor bzImage");
     let long = "x".repeat(2048);
-    assert_eq!(with(&long), "command line: 2048 bytes long, the kernel takes 2047");
+    assert_eq!(
+        with(&long),
+        "command line: 2048 bytes long, the kernel takes 1983",
+        "64 are the first stage's"
+    );
+    let plain = |it: &mut Options| it.platforms = vec![ImagePlatform::Plain];
+    let for_plain = refused(&source(&good, &[], &long), plain);
+    assert_eq!(for_plain, "command line: 2048 bytes long, the kernel takes 2047");
     assert_eq!(with("a\0b"), "command line: has a NUL in it");
     assert_eq!(option(|it| it.platforms.clear()), "no platform is named");
     assert_eq!(

@@ -1,4 +1,4 @@
-//! Byte strings put together by the compiler, so that the tables are data in
+//! Byte strings put together by the compiler, so that tables are data in
 //! the program and no code that writes them.
 
 /// Longest byte string, bytes.
@@ -6,7 +6,7 @@ const CAPACITY: usize = 320;
 
 /// A byte string under construction in a constant; too long a one does not compile.
 #[derive(Clone, Copy)]
-pub(super) struct Bytes {
+pub(crate) struct Bytes {
     bytes: [u8; CAPACITY],
     length: usize,
 }
