@@ -29,8 +29,16 @@ impl ApiMonitor {
 
     /// Starts one with more arguments.
     pub fn with(folder: &Path, arguments: &[OsString]) -> Self {
+        Self::wrapped(&[], folder, arguments)
+    }
+
+    /// Has `wrapper`, a program and its arguments, become the monitor.
+    pub fn wrapped(wrapper: &[OsString], folder: &Path, arguments: &[OsString]) -> Self {
         let socket = folder.join("api.sock");
-        let child = Command::new(place::monitor())
+        let monitor = place::monitor().into_os_string();
+        let mut words = wrapper.iter().chain([&monitor]);
+        let child = Command::new(words.next().expect("there is the monitor at least"))
+            .args(words)
             .arg("--api-sock")
             .arg(&socket)
             .args(["--id", "under-test"])

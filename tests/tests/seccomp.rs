@@ -7,12 +7,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use cofferdam_api::status::ExitReason;
 use cofferdam_tests::api::ApiMonitor;
+use cofferdam_tests::host::after;
 use cofferdam_tests::{Run, place};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -109,6 +111,28 @@ fn every_thread_of_a_running_monitor_is_filtered() {
     start(&monitor);
     let expected = ["api", "cofferdam-vmm", "vcpu0", "vcpu1"].map(|name| (name.to_owned(), of("2", "1")));
     assert_eq!(threads(monitor.child().id()), expected.into());
+}
+
+/// What is in the way is looked into, where a device may not be opened: here by a root that is denied what others are.
+#[test]
+fn a_running_monitor_surveys_a_host_that_denies_it_kvm() {
+    let folder = tempfile::tempdir().unwrap();
+    let node = folder.path().join("kvm");
+    let device = format!(
+        "mknod -m 600 {0} c $(stat -c '0x%t 0x%T' /dev/kvm) && mount --bind {0} /dev/kvm",
+        node.display()
+    );
+    let mut wrapper = after(&device);
+    wrapper.extend(["setpriv", "--bounding-set=-dac_override,-dac_read_search"].map(Into::into));
+    let monitor = ApiMonitor::wrapped(&wrapper, folder.path(), &[]);
+    start(&monitor);
+    assert_eq!(monitor.ask("GET /host", "").1["platforms"]["plain"], true);
+    chown(&node, None, Some(1)).unwrap();
+    fs::set_permissions(&node, fs::Permissions::from_mode(0o060)).unwrap();
+    let (status, host) = monitor.ask("GET /host", "");
+    assert_eq!((status, &host["platforms"]["plain"]), (200, &json!(false)));
+    assert!(host.to_string().contains("join its group: `sudo usermod -aG daemon $USER`"), "{host}");
+    assert_eq!(monitor.state(), "Paused");
 }
 
 #[test]
