@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::json;
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::validate::ConfigError;
 use crate::wire::{WireDomain, WireDrive, WireMachine, WireSerial, WireVsock};
@@ -55,7 +56,7 @@ impl DomainConfig {
         if json.len() > MAX_CONFIG_SIZE {
             return Err(ConfigError::TooLarge { size: json.len(), max: MAX_CONFIG_SIZE });
         }
-        serde_json::from_slice(json).map_err(|error| ConfigError::Json(error.to_string()))
+        json::read(json).map_err(ConfigError::Json)
     }
 
     /// The kernel command line that the guest gets: `boot_args` or

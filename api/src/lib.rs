@@ -31,6 +31,7 @@ pub mod actions;
 pub mod client;
 pub mod config;
 pub mod draft;
+mod json;
 #[cfg(feature = "server")]
 pub mod metrics;
 pub mod observe;

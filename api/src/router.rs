@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use crate::actions::VmmAction;
 use crate::config::{BootSource, DomainConfig, Drive, MachineConfig, Serial, Vsock};
+use crate::json;
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::requests::{ActionType, DrivePatch, InstanceAction, MachinePatch, StateChange, WantedState};
 
@@ -118,7 +119,7 @@ struct Request<'a> {
 
 impl Request<'_> {
     fn body<T: DeserializeOwned>(&self) -> Result<T, RouteError> {
-        serde_json::from_slice(self.body).map_err(|error| RouteError::Json(error.to_string()))
+        json::read(self.body).map_err(RouteError::Json)
     }
 
     fn same_id(&self, body: &str) -> Result<(), RouteError> {

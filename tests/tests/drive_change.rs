@@ -150,7 +150,7 @@ fn what_is_refused_changes_nothing() {
             json!({"is_read_only": true}),
             "unknown field `is_read_only`, expected one of `drive_id`, `path_on_host`",
         ),
-        (json!({"path_on_host": 5}), "invalid type: integer `5`"),
+        (json!({"path_on_host": 5}), "path_on_host: invalid type: integer `5`"),
         (json!({"rate_limiter": {"ops": {"size": 1}}}), "missing field `refill_time`"),
         (json!({"rate_limiter": {"iops": {}}}), "unknown field `iops`, expected `bandwidth` or `ops`"),
     ] {

@@ -18,7 +18,7 @@ use crate::boot::FileError;
 #[derive(Debug, Error)]
 pub enum ImageError {
     /// A kernel or initrd file.
-    #[error("{}: {reason}", path.display())]
+    #[error("boot-source: {}: {reason}", path.display())]
     File {
         /// The file.
         path: PathBuf,
@@ -26,7 +26,7 @@ pub enum ImageError {
         reason: FileError,
     },
     /// A file cannot be mapped.
-    #[error("{}: cannot be mapped: {error}", path.display())]
+    #[error("boot-source: {}: cannot be mapped: {error}", path.display())]
     Map {
         /// The file.
         path: PathBuf,
