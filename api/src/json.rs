@@ -25,7 +25,7 @@ fn is_named(path: &Path, message: &str) -> bool {
         Segment::Map { key } => Some(key.clone()),
         _ => None,
     };
-    path.iter().filter_map(name).last().is_none_or(|name| message.contains(&name))
+    path.iter().filter_map(name).next_back().is_none_or(|name| message.contains(&name))
 }
 
 #[cfg(test)]
