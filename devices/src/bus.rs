@@ -3,7 +3,8 @@
 //! A bus is filled once, before the first vCPU runs, and never changes: a look-up
 //! takes no lock. Each device decides on its own locking.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
 
@@ -46,10 +47,40 @@ struct Entry {
     device: Arc<dyn BusDevice>,
 }
 
+/// How many addresses without a device are remembered.
+const MOST_ABSENT: usize = 8;
+
 /// Address ranges and the devices behind them, sorted by address.
 #[derive(Default)]
 pub struct Bus {
     entries: Vec<Entry>,
+    absent: Absent,
+}
+
+/// The first different addresses that were accessed and have no device, in the order of the accesses.
+#[derive(Default)]
+struct Absent {
+    /// How many are known. What lies behind them is 0.
+    count: AtomicUsize,
+    addresses: Mutex<[u64; MOST_ABSENT]>,
+}
+
+impl Absent {
+    /// Costs a look at one number once there are enough.
+    fn note(&self, address: u64) {
+        if self.count.load(Ordering::Relaxed) >= MOST_ABSENT {
+            return;
+        }
+        let mut addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = self.count.load(Ordering::Relaxed);
+        let (known, free) = addresses.split_at_mut(count.min(MOST_ABSENT));
+        if let Some(place) = free.first_mut()
+            && !known.contains(&address)
+        {
+            *place = address;
+            self.count.store(count.saturating_add(1), Ordering::Relaxed);
+        }
+    }
 }
 
 impl Bus {
@@ -71,16 +102,24 @@ impl Bus {
     /// device's range and ends outside it has no device.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xFF);
-        if let Some((device, offset)) = self.find(address, data.len()) {
-            device.read(offset, data);
+        match self.find(address, data.len()) {
+            Some((device, offset)) => device.read(offset, data),
+            None => self.absent.note(address),
         }
     }
 
     /// Writes to the device at `address`; without one, nothing happens.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((device, offset)) = self.find(address, data.len()) {
-            device.write(offset, data);
+        match self.find(address, data.len()) {
+            Some((device, offset)) => device.write(offset, data),
+            None => self.absent.note(address),
         }
+    }
+
+    /// The first few different addresses at which the guest looked for a device and there was none.
+    pub fn absent(&self) -> Vec<u64> {
+        let addresses = self.absent.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        addresses.iter().copied().take(self.absent.count.load(Ordering::Relaxed)).collect()
     }
 
     fn find(&self, address: u64, length: usize) -> Option<(&dyn BusDevice, u64)> {
@@ -133,6 +172,20 @@ mod tests {
             bus.read(address, &mut data);
             assert!(data.iter().all(|&byte| byte == 0xFF), "{address:#x}");
         }
+    }
+
+    #[test]
+    fn the_first_addresses_without_a_device_are_remembered_once_each() {
+        let mut bus = Bus::default();
+        bus.add(0x10, 0x10, Arc::new(Recorder::default())).unwrap();
+        assert!(bus.absent().is_empty());
+        for address in [0x70, 0x71, 0x10, 0x70, 0, 0] {
+            bus.write(address, &[0]);
+            bus.read(address, &mut [0]);
+        }
+        assert_eq!(bus.absent(), [0x70, 0x71, 0]);
+        (0x20..0x1000).for_each(|address| bus.write(address, &[0]));
+        assert_eq!(bus.absent(), [0x70, 0x71, 0, 0x20, 0x21, 0x22, 0x23, 0x24]);
     }
 
     #[test]

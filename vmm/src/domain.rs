@@ -125,7 +125,8 @@ impl Domain {
             metrics: devices.vcpus.clone(),
             policies: policies.clone(),
         };
-        let vcpus = Vcpus::start(launched.vcpus, Arc::new(shared)).map_err(internal("vCPU threads"))?;
+        let shared = Arc::new(shared);
+        let vcpus = Vcpus::start(launched.vcpus, shared.clone()).map_err(internal("vCPU threads"))?;
         let client = status.try_clone().map_err(internal("--status-file"))?;
         let supervisor =
             Supervisor::new(control.clone(), vcpus, signals, board.power_button(), self.stop_timeout, client)
@@ -150,7 +151,8 @@ impl Domain {
         metrics.add_devices(devices.clone());
         // As Firecracker does: a first line with what the start took. A failure is logged and counted.
         let _ = metrics.flush();
-        if window.is_some() {
+        let of_others = window.as_ref().is_some_and(|window| !window.is_for_first_stage());
+        if window.is_some() && !of_others {
             control.expect_kernel();
         }
         let vcpu_count = devices.vcpus.len();
@@ -197,11 +199,14 @@ impl Domain {
         devices.log_unlogged();
         clock.reached("stopped");
         let notes = control.notes();
-        let (exit_reason, message) = lock(&supervisor)
+        let (exit_reason, mut message) = lock(&supervisor)
             .stopped()
             .cloned()
             .or(notes.end)
             .unwrap_or((ExitReason::MonitorError, "the event loop ended without a reason".to_owned()));
+        if of_others && matches!(exit_reason, ExitReason::VcpuError | ExitReason::TripleFault) {
+            message.push_str(&looked_for(&shared.buses.ports.absent()));
+        }
         Ok(Outcome {
             platform: Some(platform),
             protected,
@@ -212,6 +217,15 @@ impl Domain {
             phases: clock.phases(),
         })
     }
+}
+
+/// What firmware of others may have failed for: ports of devices that this machine does not have.
+fn looked_for(ports: &[u64]) -> String {
+    if ports.is_empty() {
+        return String::new();
+    }
+    let ports: Vec<String> = ports.iter().map(|port| format!("{port:#x}")).collect();
+    format!("; before that it looked for devices that there are not, at the ports {}", ports.join(", "))
 }
 
 fn lock(supervisor: &Mutex<Supervisor>) -> std::sync::MutexGuard<'_, Supervisor> {

@@ -30,6 +30,12 @@ impl LoadWindow {
         Self { vm, slots, backing }
     }
 
+    /// Whether it is there for our first stage alone, and nobody's when the kernel runs. Firmware of others may want what
+    /// its image brought as long as it lives, and it runs in these slots.
+    pub fn is_for_first_stage(&self) -> bool {
+        self.backing.image.manifest.is_some()
+    }
+
     /// See [`Image::identity`].
     pub fn identity(&self, vcpus: usize) -> Identity {
         self.backing.image.identity(u8::try_from(vcpus).unwrap_or(u8::MAX))
