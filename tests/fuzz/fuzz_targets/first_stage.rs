@@ -3,7 +3,9 @@
 //! The manifest's hashes are right, so that the headers of the kernel are read; everything else in it may be anything.
 //! Holds: the domain is refused for a reason, or the kernel's entry is in memory that belongs to it. Whatever is written
 //! lies in the RAM of which the parameters speak, and nothing of the first stage or of its image is overwritten. The
-//! window is read only where the manifest says, and each byte once.
+//! window is read only where the manifest says, and each item once. The kernel is told of no memory that is not there, and
+//! of an initrd that lies in the RAM and not in the kernel. (`launch_pages` and `kernel_headers` look closer at each input
+//! alone.)
 #![no_main]
 
 use std::cell::RefCell;
@@ -14,13 +16,15 @@ use cofferdam_firmware::acceptance::UNIT;
 use cofferdam_firmware::boot;
 use cofferdam_firmware::first_stage::{Platform, prepare};
 use cofferdam_firmware::layout::{
-    COMMAND_LINE, GAP_START, LOAD_WINDOW, LOAD_WINDOW_SIZE, MIB, PARAMETER_PAGE, STAGE, ram_ranges,
+    BOOT_PARAMS, COMMAND_LINE, GAP_END, GAP_START, LOAD_WINDOW, LOAD_WINDOW_SIZE, MIB, PARAMETER_PAGE, STAGE,
+    ram_ranges,
 };
 use cofferdam_firmware::manifest::{self, Item, Kernel, KernelFormat, Manifest};
 use cofferdam_firmware::parameters::{self, Parameters};
 use cofferdam_firmware::reason::Reason;
 use cofferdam_firmware::sha256::Method;
-use cofferdam_fuzz::kernel::{bz_image, vmlinux};
+use cofferdam_fuzz::kernel as file;
+use cofferdam_fuzz::pages::{ManifestPatch, ParameterPatch};
 use libfuzzer_sys::fuzz_target;
 
 /// RAM of the model. What is beyond is RAM too, if the parameters say so, but holds nothing.
@@ -30,9 +34,7 @@ const LINE: u64 = LOAD_WINDOW + 128 * MIB;
 
 #[derive(Arbitrary, Debug)]
 struct Input<'a> {
-    base: Base<'a>,
-    patches: Vec<(u16, u64, u8)>,
-    keep: Option<u16>,
+    kernel: file::File<'a>,
     /// Added to the place to which the kernel is copied.
     copy: i32,
     other_format: bool,
@@ -40,15 +42,8 @@ struct Input<'a> {
     accept_all: bool,
     initrd: u16,
     line: u16,
-    parameters: Vec<(u8, u64)>,
-    manifest: Vec<(u8, u64)>,
-}
-
-#[derive(Arbitrary, Debug)]
-enum Base<'a> {
-    Raw(&'a [u8]),
-    Elf,
-    BzImage,
+    parameters: Vec<ParameterPatch>,
+    manifest: Vec<ManifestPatch>,
 }
 
 thread_local! {
@@ -63,7 +58,8 @@ struct Model<'a> {
     /// Memory that was accepted, of a protected domain.
     accepted: Option<Vec<Range<u64>>>,
     window: [(u64, &'a [u8]); 3],
-    read: Vec<(u64, u64)>,
+    /// Addresses and sizes in the window that are yet to be read.
+    unread: Vec<(u64, u64)>,
 }
 
 impl Model<'_> {
@@ -135,8 +131,8 @@ impl Platform for Model<'_> {
             return;
         }
         assert!(from + length <= LOAD_WINDOW + LOAD_WINDOW_SIZE);
-        assert!(!self.read.contains(&(from, length)), "reads the window twice");
-        self.read.push((from, length));
+        let item = self.unread.iter().position(|item| *item == (from, length));
+        self.unread.remove(item.expect("reads the window where the manifest does not say, or twice"));
         let Some(place) = self.ram.get_mut(to as usize..(to + length) as usize) else { return };
         place.fill(0);
         for (start, bytes) in self.window {
@@ -160,22 +156,25 @@ impl Platform for Model<'_> {
     }
 }
 
-fn patch(bytes: &mut [u8], offset: usize, value: u64, size: usize) {
-    for (place, byte) in bytes.iter_mut().skip(offset).zip(&value.to_le_bytes()[..size]) {
-        *place = *byte;
+/// What a kernel reads of `boot_params` before anything else.
+fn check_boot_params(page: &[u8], memory: u64, kernel: &boot::Kernel, at: u64) {
+    let u32_at = |offset: usize| u64::from(u32::from_le_bytes(*page[offset..].first_chunk().unwrap()));
+    let u64_at = |offset: usize| u64::from_le_bytes(*page[offset..].first_chunk().unwrap());
+    let (initrd, size) = (u32_at(0x218), u32_at(0x21c));
+    let end = memory.min(GAP_START);
+    assert!(size == 0 || kernel.memory(at).end <= initrd && initrd + size <= end.min(kernel.initrd_limit));
+    let mut last = 0;
+    for entry in (0x2d0..).step_by(20).take(page[0x1e8].into()) {
+        let (start, size) = (u64_at(entry), u64_at(entry + 8));
+        let is_ram = start + size <= end || start == GAP_END && size == memory - GAP_START;
+        assert!(start >= last && size > 0 && is_ram);
+        last = start + size;
     }
+    assert!(last >= end);
 }
 
 fuzz_target!(|input: Input| {
-    let mut kernel = match input.base {
-        Base::Raw(bytes) => bytes.to_vec(),
-        Base::Elf => vmlinux(),
-        Base::BzImage => bz_image(),
-    };
-    for &(offset, value, size) in &input.patches {
-        patch(&mut kernel, usize::from(offset % 0x300), value, 1 << (size % 4));
-    }
-    kernel.truncate(input.keep.map_or(usize::MAX, usize::from));
+    let kernel = input.kernel.bytes();
     let headers = boot::Kernel::read(&kernel, kernel.len() as u64);
     if let Err(error) = &headers {
         assert!(!error.to_string().is_empty());
@@ -186,7 +185,8 @@ fuzz_target!(|input: Input| {
         (KernelFormat::Elf, false) | (KernelFormat::BzImage, true) => KernelFormat::Elf,
         _ => KernelFormat::BzImage,
     };
-    let (initrd, line) = (vec![0x44; input.initrd.into()], vec![b'x'; usize::from(input.line) % 2200]);
+    let (initrd, line) =
+        (vec![0x44; usize::from(input.initrd) % 0x3000], vec![b'x'; usize::from(input.line) % 2200]);
     let item = |address, bytes: &[u8]| match bytes.len() as u64 {
         0 => Item::default(),
         size => Item { address, size, sha256: Method::detect().digest(bytes) },
@@ -206,9 +206,7 @@ fuzz_target!(|input: Input| {
         accept_all: input.accept_all,
     }
     .encode();
-    for &(offset, value) in &input.manifest {
-        patch(&mut page, offset.into(), value, 8);
-    }
+    input.manifest.iter().for_each(|patch| patch.apply(&mut page));
     let mut bytes = Parameters {
         memory: RAM,
         vcpus: 2,
@@ -218,21 +216,29 @@ fuzz_target!(|input: Input| {
         host_data: [1; 32],
     }
     .encode();
-    for &(offset, value) in &input.parameters {
-        patch(&mut bytes, usize::from(offset) % parameters::SIZE, value, 8);
-    }
+    input.parameters.iter().for_each(|patch| patch.apply(&mut bytes));
     let memory = u64::from_le_bytes(*bytes[0x10..].first_chunk().unwrap());
+    let decoded = Manifest::decode(&page);
+    let items = decoded.iter().flat_map(|page| [page.kernel.file, page.initrd, page.command_line]);
+    let unread = items.filter(|item| item.size > 0).map(|item| (item.address, item.size)).collect();
     MEMORY.with_borrow_mut(|ram| {
         let window = [(LOAD_WINDOW, &kernel[..]), (INITRD, &initrd), (LINE, &line)];
+<<<<<<< HEAD
         let accepted = input.protected.then(Vec::new);
         let mut model = Model { ram, manifest: page, parameters: bytes, memory, accepted, window, read: Vec::new() };
+=======
+        let mut model = Model { ram, manifest: page, parameters: bytes, memory, window, unread };
+>>>>>>> e1ee67e (Fuzz launch pages and kernel headers alone, and look closer at what the first stage hands over)
         match prepare(&mut model) {
             Err(reason) => assert_eq!(Reason::from_code(reason.code()), Some(reason)),
             Ok(entry) => {
-                let kernel = headers.unwrap();
+                let (kernel, manifest) = (headers.unwrap(), decoded.unwrap());
                 assert!(kernel.segments().any(|segment| {
                     (segment.address..segment.address + segment.memory_size).contains(&entry)
                 }));
+                assert!(manifest.memory().contains(&memory) && model.unread.is_empty());
+                let page = &model.ram[BOOT_PARAMS as usize..][..0x1000];
+                check_boot_params(page, memory, &kernel, manifest.kernel.address);
             }
         }
     });

@@ -9,7 +9,7 @@ use std::io::{Seek, Write};
 
 use arbitrary::Arbitrary;
 use cofferdam_firmware::layout::{self, MIB};
-use cofferdam_fuzz::kernel::{bz_image, vmlinux};
+use cofferdam_fuzz::kernel;
 use cofferdam_vmm::boot::{BootFiles, BootPlan, Protocol};
 use libfuzzer_sys::fuzz_target;
 use tempfile::NamedTempFile;
@@ -20,53 +20,11 @@ const LOADED: u64 = 1 << 30;
 
 #[derive(Arbitrary, Debug)]
 struct Input<'a> {
-    base: Base<'a>,
-    patches: Vec<Patch>,
-    keep: Option<u16>,
+    kernel: kernel::File<'a>,
     protocol: u8,
     memory_mib: u16,
     initrd: Option<u16>,
     line: u16,
-}
-
-#[derive(Arbitrary, Debug)]
-enum Base<'a> {
-    Raw(&'a [u8]),
-    Elf,
-    BzImage,
-}
-
-#[derive(Arbitrary, Debug)]
-enum Patch {
-    Byte(u16, u8),
-    Half(u16, u16),
-    Word(u16, u32),
-    Long(u16, u64),
-    /// A power of two, and one more or less.
-    Edge(u16, u8, i8),
-    /// A field of the bzImage's setup header.
-    Setup(u8, u32),
-}
-
-impl Patch {
-    fn apply(&self, file: &mut [u8]) {
-        let (offset, bytes, size) = match *self {
-            Self::Byte(offset, value) => (offset, u64::from(value), 1),
-            Self::Half(offset, value) => (offset, u64::from(value), 2),
-            Self::Word(offset, value) => (offset, u64::from(value), 4),
-            Self::Long(offset, value) => (offset, value, 8),
-            Self::Edge(offset, bit, more) => {
-                (offset, (1_u64 << (bit % 64)).wrapping_add_signed(i64::from(more % 3)), 8)
-            }
-            Self::Setup(offset, value) => (0x1f1 + u16::from(offset % 0x7b), u64::from(value), 4),
-        };
-        let bytes = bytes.to_le_bytes();
-        if let Some(places) = file.get_mut(usize::from(offset)..) {
-            for (place, byte) in places.iter_mut().zip(&bytes[..size]) {
-                *place = *byte;
-            }
-        }
-    }
 }
 
 thread_local! {
@@ -95,15 +53,7 @@ fn memory_of(plan: &BootPlan) -> GuestMemoryMmap {
 }
 
 fuzz_target!(|input: Input| {
-    let mut kernel = match input.base {
-        Base::Raw(bytes) => bytes.to_vec(),
-        Base::Elf => vmlinux(),
-        Base::BzImage => bz_image(),
-    };
-    for patch in &input.patches {
-        patch.apply(&mut kernel);
-    }
-    kernel.truncate(input.keep.map_or(usize::MAX, usize::from));
+    let kernel = input.kernel.bytes();
     let protocol = [Protocol::Auto, Protocol::Pvh, Protocol::Linux64][usize::from(input.protocol) % 3];
     let line = "x".repeat(usize::from(input.line) % 2200);
     let memory = u64::from(input.memory_mib % 4097) * MIB;

@@ -1,4 +1,78 @@
-//! Small valid kernels to start from.
+//! Kernel files: small valid ones, and what becomes of them.
+
+use arbitrary::Arbitrary;
+
+/// A kernel file, valid or not.
+#[derive(Arbitrary, Debug)]
+pub struct File<'a> {
+    base: Base<'a>,
+    patches: Vec<Patch>,
+    /// Its length, if it is cut off.
+    keep: Option<u16>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Base<'a> {
+    Raw(&'a [u8]),
+    Elf,
+    BzImage,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Patch {
+    Byte(u16, u8),
+    Half(u16, u16),
+    Word(u16, u32),
+    Long(u16, u64),
+    /// A power of two, and one more or less.
+    Edge(u16, u8, i8),
+    /// A field of the bzImage's setup header.
+    Setup(u8, u32),
+    /// A field of an ELF program header: which header, which field.
+    Program(u8, u8, u64),
+}
+
+impl Patch {
+    fn apply(&self, file: &mut [u8]) {
+        let (offset, bytes, size) = match *self {
+            Self::Byte(offset, value) => (offset, u64::from(value), 1),
+            Self::Half(offset, value) => (offset, u64::from(value), 2),
+            Self::Word(offset, value) => (offset, u64::from(value), 4),
+            Self::Long(offset, value) => (offset, value, 8),
+            Self::Edge(offset, bit, more) => {
+                (offset, (1_u64 << (bit % 64)).wrapping_add_signed(i64::from(more % 3)), 8)
+            }
+            Self::Setup(offset, value) => (0x1f1 + u16::from(offset % 0x7b), u64::from(value), 4),
+            Self::Program(header, field, value) => {
+                (64 + 56 * u16::from(header % 3) + 8 * u16::from(field % 7), value, 8)
+            }
+        };
+        patch(file, offset.into(), &bytes.to_le_bytes()[..size]);
+    }
+}
+
+impl File<'_> {
+    /// Its bytes.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut file = match self.base {
+            Base::Raw(bytes) => bytes.to_vec(),
+            Base::Elf => vmlinux(),
+            Base::BzImage => bz_image(),
+        };
+        for patch in &self.patches {
+            patch.apply(&mut file);
+        }
+        file.truncate(self.keep.map_or(usize::MAX, usize::from));
+        file
+    }
+}
+
+/// Writes `new` at `offset`, as far as there is room.
+pub fn patch(bytes: &mut [u8], offset: usize, new: &[u8]) {
+    for (place, byte) in bytes.iter_mut().skip(offset).zip(new) {
+        *place = *byte;
+    }
+}
 
 /// Program headers of [`vmlinux`]: kind, address, bytes in the file, bytes in memory.
 const SEGMENTS: [(u32, u64, u64, u64); 2] =

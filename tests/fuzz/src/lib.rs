@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 pub mod device;
 pub mod kernel;
 pub mod packet;
+pub mod pages;
 
 /// First address behind the rings; from here on guests have their data.
 pub const DATA: u64 = 0x1_0000;
