@@ -68,9 +68,12 @@ pub type Phases = BTreeMap<String, u64>;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Identity {
-    /// SHA-256 of the launch manifest of its image, in hexadecimal; null without an image of ours. The manifest names
-    /// kernel, initrd and command line by their own hashes.
+    /// SHA-256 of its image file, in hexadecimal; null if it comes from none. The file is read when this is asked for.
     pub image_hash: Option<String>,
+    /// SHA-256 of the launch manifest of its image, in hexadecimal; null without an image of ours. The manifest names
+    /// kernel, initrd and command line by their own hashes, from whatever files they come.
+    #[serde(default)]
+    pub manifest_hash: Option<String>,
     /// What the launch digest of this image is on other platforms with as many vCPUs: name of the platform to
     /// hexadecimal digits.
     #[serde(default)]
@@ -238,7 +241,7 @@ mod tests {
         let text = serde_json::to_string(&outcome(ExitReason::PowerOff, None)).unwrap();
         assert_eq!(
             text,
-            r#"{"platform":"plain","protected":false,"image_hash":null,"predicted_digests":{},"digest":null,"policy":null,"exit_reason":"power_off","exit_code":null,"message":"m","phases":{"user_space":7}}"#
+            r#"{"platform":"plain","protected":false,"image_hash":null,"manifest_hash":null,"predicted_digests":{},"digest":null,"policy":null,"exit_reason":"power_off","exit_code":null,"message":"m","phases":{"user_space":7}}"#
         );
     }
 

@@ -136,6 +136,7 @@ fn run(directives: Vec<IgvmDirectiveHeader>) -> Finished {
 fn firmware_begins_at_the_reset_vector() {
     let identity = run(vec![firmware(&REAL_CODE)]).outcome().identity;
     assert!(identity.predicted_digests.is_empty(), "it is for plain domains only");
+    assert!(identity.image_hash.is_some() && identity.manifest_hash.is_none());
 }
 
 #[test]

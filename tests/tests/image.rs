@@ -7,11 +7,12 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use cofferdam_api::status::ExitReason;
+use cofferdam_api::status::{ExitReason, Identity};
 use cofferdam_confidential::image::compose::Options;
 use cofferdam_confidential::image::importer::ImagePlatform;
 use cofferdam_firmware::layout::{GIB, MIB};
 use cofferdam_firmware::parameters::Parameters;
+use cofferdam_firmware::sha256::Method;
 use cofferdam_tests::image::{Image, bz_image};
 use cofferdam_tests::{Finished, Run, place};
 use tempfile::TempDir;
@@ -84,8 +85,12 @@ fn a_file_and_loose_files_are_the_same_domain() {
         .finish();
     assert_eq!(from_files.code(), 42, "{from_files}");
     let identity = from_file.outcome().identity;
-    assert_eq!(identity, from_files.outcome().identity, "whatever the memory");
-    assert_eq!(identity.image_hash.unwrap().len(), 64);
+    let bytes = fs::read(folder.path("domain.igvm")).unwrap();
+    let hash: String = Method::detect().digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(identity.image_hash.as_ref(), Some(&hash));
+    let without_file = Identity { image_hash: None, ..identity.clone() };
+    assert_eq!(without_file, from_files.outcome().identity, "whatever the memory");
+    assert_eq!(identity.manifest_hash.unwrap().len(), 64);
     assert_eq!(identity.predicted_digests.keys().collect::<Vec<_>>(), ["snp", "tdx"]);
     assert_eq!(identity.digest, None, "nothing was measured");
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use cofferdam_api::actions::VmmData;
 use cofferdam_api::config::DomainConfig;
 use cofferdam_api::server::Reply;
-use cofferdam_api::status::{Event, ExitReason, Outcome};
+use cofferdam_api::status::{Event, ExitReason, Identity, Outcome};
 use cofferdam_confidential::{Launch, Launched};
 use cofferdam_devices::virtio::vsock::SocketFile;
 use cofferdam_firmware::parameters::Parameters;
@@ -29,7 +29,7 @@ use crate::board::{Board, Buses, EventLoop};
 use crate::control::Control;
 use crate::descriptor::Inherited;
 use crate::gate::Gate;
-use crate::image::{LoadWindow, hex};
+use crate::image::{FileHash, LoadWindow, hex};
 use crate::memory;
 use crate::metrics::{DeviceMetrics, FlushTimer, Metrics, PERIOD};
 use crate::page_state::PageState;
@@ -168,6 +168,7 @@ impl Domain {
         let mut identity = window.as_ref().map(|window| window.identity(vcpu_count)).unwrap_or_default();
         identity.digest = sealed.digest.map(|digest| hex(&digest));
         identity.policy = sealed.policy.map(|policy| format!("{policy:#x}"));
+        let file_hash = Arc::new(window.as_ref().map_or_else(FileHash::none, LoadWindow::file_hash));
         if let Some((inbox, config)) = remote {
             events.add_subscriber(Arc::new(Mutex::new(RunTime {
                 inbox,
@@ -175,6 +176,7 @@ impl Domain {
                 platform,
                 protected,
                 identity: identity.clone(),
+                file_hash: file_hash.clone(),
                 clock: clock.clone(),
                 control: control.clone(),
                 supervisor: supervisor.clone(),
@@ -210,7 +212,7 @@ impl Domain {
         Ok(Outcome {
             platform: Some(platform),
             protected,
-            identity,
+            identity: Identity { image_hash: file_hash.get(), ..identity },
             exit_reason,
             exit_code: notes.exit_code,
             message,

@@ -97,7 +97,7 @@ fn manifest_form(text: &mut String, manifest: &ManifestReport) {
         write!(text, "\n{}, up to {} CPUs, {least} to {most} MiB", manifest.kernel_format, manifest.max_cpus);
     text.push_str(if manifest.host_data { ", wants host data" } else { "" });
     text.push_str(if manifest.accept_all { ", accepts all memory at the start\n" } else { "\n" });
-    text.push_str(&format!("image hash {}\n", manifest.image_hash));
+    text.push_str(&format!("manifest hash {}\n", manifest.sha256));
     if let Some(line) = &manifest.command_line_text {
         let line: String = line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         text.push_str(&format!("command line: {line}\n"));

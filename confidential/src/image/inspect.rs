@@ -84,8 +84,8 @@ pub struct ItemReport {
 /// The launch manifest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ManifestReport {
-    /// SHA-256 of the manifest's page, hexadecimal: a domain's `image_hash`.
-    pub image_hash: String,
+    /// SHA-256 of the manifest's page, hexadecimal: a domain's `manifest_hash`.
+    pub sha256: String,
     /// The kernel.
     pub kernel: FileReport,
     /// `bzimage` or `elf`.
@@ -407,7 +407,7 @@ fn manifest_report(manifest: &Manifest, collector: &Collector<'_>) -> ManifestRe
     };
     let there = |item: &manifest::Item| (!item.is_empty()).then(|| file(item));
     ManifestReport {
-        image_hash: hex(&Method::detect().digest(&manifest.encode())),
+        sha256: hex(&Method::detect().digest(&manifest.encode())),
         kernel: file(&manifest.kernel.file),
         kernel_format: match manifest.kernel.format {
             KernelFormat::BzImage => "bzimage",
@@ -469,7 +469,7 @@ mod tests {
         let manifest = report.manifest.unwrap();
         assert_eq!(manifest.command_line_text.as_deref(), Some("console=ttyS0"));
         let page = report.items.iter().find(|item| item.gpa == Some(LAUNCH_MANIFEST)).unwrap();
-        assert_eq!(Some(manifest.image_hash), page.sha256);
+        assert_eq!(Some(manifest.sha256), page.sha256);
         assert_eq!((manifest.kernel_format, manifest.initrd), ("bzimage", None));
         assert!(manifest.kernel.intact && manifest.command_line.unwrap().intact);
         // What a person does with dd and sha256sum.

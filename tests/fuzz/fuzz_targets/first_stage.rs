@@ -223,12 +223,8 @@ fuzz_target!(|input: Input| {
     let unread = items.filter(|item| item.size > 0).map(|item| (item.address, item.size)).collect();
     MEMORY.with_borrow_mut(|ram| {
         let window = [(LOAD_WINDOW, &kernel[..]), (INITRD, &initrd), (LINE, &line)];
-<<<<<<< HEAD
         let accepted = input.protected.then(Vec::new);
-        let mut model = Model { ram, manifest: page, parameters: bytes, memory, accepted, window, read: Vec::new() };
-=======
-        let mut model = Model { ram, manifest: page, parameters: bytes, memory, window, unread };
->>>>>>> e1ee67e (Fuzz launch pages and kernel headers alone, and look closer at what the first stage hands over)
+        let mut model = Model { ram, manifest: page, parameters: bytes, memory, accepted, window, unread };
         match prepare(&mut model) {
             Err(reason) => assert_eq!(Reason::from_code(reason.code()), Some(reason)),
             Ok(entry) => {

@@ -67,7 +67,7 @@ fn every_kernel_format_boots_through_an_image_with_1_and_2_cpus() {
         let done = guest.run_kernel(kernel, "test=hello").with("cpus", cpus).finish();
         check(&done, ExitReason::PowerOff, 0);
         assert!(done.console().contains(&format!("-cloud-amd64, {cpus} CPUs")), "{done}");
-        assert!(done.outcome().identity.image_hash.is_some(), "{done}");
+        assert!(done.outcome().identity.manifest_hash.is_some(), "{done}");
     }
 }
 

@@ -16,6 +16,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use super::{Inbox, instance, survey};
 use crate::control::Control;
 use crate::descriptor::Inherited;
+use crate::image::FileHash;
 use crate::metrics::Metrics;
 use crate::phases::PhaseClock;
 use crate::start::{StartError, block_source, limit_change};
@@ -33,6 +34,8 @@ pub struct RunTime {
     pub protected: bool,
     /// What the domain is.
     pub identity: Identity,
+    /// The hash of its image's file, which is read when somebody asks for the status.
+    pub file_hash: Arc<FileHash>,
     /// When phases were reached.
     pub clock: Arc<PhaseClock>,
     /// What is known of the domain.
@@ -140,7 +143,7 @@ impl RunTime {
             state: self.state(),
             platform: Some(self.platform),
             protected: self.protected,
-            identity: self.identity.clone(),
+            identity: Identity { image_hash: self.file_hash.get(), ..self.identity.clone() },
             exit_reason: None,
             exit_code: self.control.notes().exit_code,
             message: None,

@@ -3,12 +3,13 @@
 #![allow(unsafe_code)] // pread into guest memory, which must not be seen through references
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use cofferdam_firmware::sha256;
+use rustix::io::{Errno, preadv};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, VolatileSlice};
 
 use super::error::FileError;
@@ -85,9 +86,19 @@ impl ImageFile {
         &self.file
     }
 
-    /// Fills `buffer` with the bytes at `offset`.
+    /// Fills `buffer` with the bytes at `offset`. By preadv(2), which the threads of a running domain may call.
     pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), FileError> {
-        self.file.read_exact_at(buffer, offset).map_err(|reason| self.read_error(offset, reason))
+        let mut done = 0;
+        while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let at = offset.saturating_add(done as u64);
+            let read = match preadv(&self.file, &mut [IoSliceMut::new(rest)], at) {
+                Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+                Err(Errno::INTR) => continue,
+                result => result.map_err(io::Error::from),
+            };
+            done = done.saturating_add(read.map_err(|reason| self.read_error(at, reason))?);
+        }
+        Ok(())
     }
 
     /// The first `length` bytes, or all there are.

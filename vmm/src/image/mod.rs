@@ -11,6 +11,7 @@
 //! looks behind the end gets an error from KVM, and ends alone.
 
 mod error;
+mod file_hash;
 mod live;
 mod mapped;
 mod registers;
@@ -34,8 +35,10 @@ use cofferdam_firmware::parameters::Parameters;
 use cofferdam_firmware::sha256;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 pub use self::error::{ImageError, ImportError};
+pub use self::file_hash::FileHash;
 pub use self::registers::ImageVcpus;
 pub use self::window::LoadWindow;
 
@@ -65,7 +68,7 @@ enum Files {
     /// A kernel, an initrd and a command line.
     Loose { kernel: Hashed, kernel_head: Vec<u8>, initrd: Option<Hashed>, command_line: String },
     /// An image file, of which `head` is a copy of the beginning.
-    Image { file: ImageFile, head: Vec<u8>, mapping: MappedFile },
+    Image { file: Arc<ImageFile>, head: Vec<u8>, mapping: MappedFile },
 }
 
 /// A mapped file and its hash.
@@ -114,7 +117,7 @@ impl Image {
         }
         let head = file.head((headers as usize).saturating_add(PRIVATE_DATA)).map_err(failed)?;
         let mapping = MappedFile::new(&file)?;
-        let source = Files::Image { file, head, mapping };
+        let source = Files::Image { file: Arc::new(file), head, mapping };
         Ok(Self { source, manifest: None })
     }
 
@@ -160,7 +163,7 @@ impl Image {
         let ours = self.manifest.is_some().then_some(parameters);
         let mapped = self.mapped();
         let file = match &self.source {
-            Files::Image { file, .. } => Some(file),
+            Files::Image { file, .. } => Some(&**file),
             Files::Loose { .. } => None,
         };
         let platform = launch.image_platform();
@@ -199,7 +202,16 @@ impl Image {
         mappings.into_iter().flatten().map(MappedFile::range).collect()
     }
 
-    /// What can be said of the image without launching it, for a domain with this number of vCPUs.
+    /// The hash of the image's file, which outlives the image.
+    fn file_hash(&self) -> FileHash {
+        match &self.source {
+            Files::Image { file, .. } => FileHash::of(file.clone()),
+            Files::Loose { .. } => FileHash::none(),
+        }
+    }
+
+    /// What can be said of the image without launching it and without reading all of its file, for a domain with this
+    /// number of vCPUs.
     pub fn identity(&self, vcpus: u8) -> Identity {
         let mut digests = BTreeMap::new();
         let mut note = |platform: ImagePlatform, digest: Option<[u8; 48]>| {
@@ -212,7 +224,7 @@ impl Image {
         note(ImagePlatform::Tdx, self.walk(ImagePlatform::Tdx, &mut tdx).ok().map(|()| tdx.mrtd()));
         let hash = |manifest: &Manifest| hex(&sha256::Method::detect().digest(&manifest.encode()));
         Identity {
-            image_hash: self.manifest.as_ref().map(hash),
+            manifest_hash: self.manifest.as_ref().map(hash),
             predicted_digests: digests,
             ..Identity::default()
         }

@@ -8,7 +8,7 @@ use kvm_ioctls::VmFd;
 use tracing::warn;
 use vm_memory::MmapRegion;
 
-use super::Image;
+use super::{FileHash, Image};
 
 /// Slots of a VM and what is behind them. To be dropped only when the VM does not run any more, like its RAM.
 pub struct LoadWindow {
@@ -39,6 +39,11 @@ impl LoadWindow {
     /// See [`Image::identity`].
     pub fn identity(&self, vcpus: usize) -> Identity {
         self.backing.image.identity(u8::try_from(vcpus).unwrap_or(u8::MAX))
+    }
+
+    /// The hash of the image's file, which is there when the window is closed.
+    pub fn file_hash(&self) -> FileHash {
+        self.backing.image.file_hash()
     }
 
     /// Takes the slots from the VM, which may be running, and lets the files go. If KVM refuses, the mappings stay as
