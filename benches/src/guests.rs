@@ -48,9 +48,22 @@ done
 poweroff -f
 ";
 
-/// Prepares, runs the inner half, and makes the rows. There are `boot_rounds` guests of each
-/// monitor that boot and end, and `device_rounds` measurements of each kind in a guest of each.
-pub fn run(boot_rounds: usize, device_rounds: usize) -> Result<Vec<Row>> {
+const HASH: Subject =
+    Subject { name: "first stage, copy and SHA-256", unit: "MiB/s", better: Better::Higher, goal: None };
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rounds {
+    /// Guests of each monitor that boot and end.
+    pub boots: usize,
+    /// Measurements of each kind in a guest of each monitor.
+    pub devices: usize,
+    /// Measurements of the first stage.
+    pub hashes: usize,
+}
+
+/// Prepares, runs the inner half, and makes the rows.
+pub fn run(rounds: Rounds) -> Result<Vec<Row>> {
     progress("fetching what is missing of the guests, the rig and the peer");
     let assets = Assets::fetch()?;
     let peer = Peer::fetch()?;
@@ -62,8 +75,10 @@ pub fn run(boot_rounds: usize, device_rounds: usize) -> Result<Vec<Row>> {
         kernel: assets.guest_vmlinux.clone(),
         boot_initrd: directory.path().join("boot-initrd"),
         devices_initrd: directory.path().join("devices-initrd"),
-        boot_rounds,
-        device_rounds,
+        boot_rounds: rounds.boots,
+        device_rounds: rounds.devices,
+        payload: place::payload("first"),
+        hash_rounds: rounds.hashes,
     };
     write_initrds(&assets, &plan)?;
     let path = directory.path().join("plan.json");
@@ -76,7 +91,9 @@ fn rows(findings: &Findings, reference_name: &str) -> Vec<Row> {
     let row = |(name, subject): &(&str, Subject)| {
         Some(subject.row(findings.ours.get(*name)?, findings.theirs.get(*name)?, reference_name))
     };
-    SUBJECTS.iter().filter_map(row).collect()
+    let (first_stage, host) = &findings.hash;
+    let hash = (!host.is_empty()).then(|| HASH.row(first_stage, host, "the same code on the host"));
+    hash.into_iter().chain(SUBJECTS.iter().filter_map(row)).collect()
 }
 
 fn write_initrds(assets: &Assets, plan: &Plan) -> Result<()> {

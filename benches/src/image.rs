@@ -19,12 +19,16 @@ const MOST_PAGES: f64 = 13.0;
 
 const KERNEL_ENTRY: Subject =
     Subject { name: "start to kernel entry, image", unit: "ms", better: Better::Lower, goal: None };
-const PAGES: Subject = Subject {
-    name: "pages of an SNP launch, Debian's kernel",
-    unit: "pages",
-    better: Better::Lower,
-    goal: Some(1.0),
-};
+/// Pages of a launch of Debian's kernel and initial RAM disk.
+const PAGES: [(ImagePlatform, Subject); 3] = [
+    (ImagePlatform::Snp, pages("pages of an SNP launch, Debian's kernel", Some(1.0))),
+    (ImagePlatform::Tdx, pages("the same of a TDX launch", None)),
+    (ImagePlatform::Plain, pages("the same of a plain launch", None)),
+];
+
+const fn pages(name: &'static str, goal: Option<f64>) -> Subject {
+    Subject { name, unit: "pages", better: Better::Lower, goal }
+}
 
 /// Starts the payload `first` through an image and directly, `rounds` times in turns, and counts pages.
 pub fn run(rounds: usize) -> Result<Vec<Row>> {
@@ -46,12 +50,13 @@ pub fn run(rounds: usize) -> Result<Vec<Row>> {
     };
     let (ours, theirs) = in_turns(rounds, || entry(&image), || entry(&direct))?;
     let mut rows = vec![KERNEL_ENTRY.row(&ours, &theirs, "direct boot")];
-    rows.push(PAGES.row(&[pages()?], &[MOST_PAGES], "the limit"));
+    rows.extend(count_pages()?);
     Ok(rows)
 }
 
-/// Pages of any type that SEV-SNP's firmware is given for Debian's kernel and its initial RAM disk, vCPU included.
-fn pages() -> Result<f64> {
+/// Pages of any type that each platform is given one by one for a domain with one vCPU, what is measured of the vCPU
+/// included.
+fn count_pages() -> Result<Vec<Row>> {
     let assets = Assets::fetch()?;
     let (kernel, initrd) = (fs::read(&assets.guest_kernel)?, fs::read(&assets.guest_initrd)?);
     let source = Source {
@@ -60,14 +65,20 @@ fn pages() -> Result<f64> {
         initrd: Some(Blob::of(&initrd)),
         command_line: "",
     };
-    let mut pages = Pages::default();
-    compose(&source, &Options::default())?.walk(Selection::One(ImagePlatform::Snp), &mut pages)?;
-    Ok(pages.0 as f64)
+    let image = compose(&source, &Options::default())?;
+    let count = |(platform, subject): &(ImagePlatform, Subject)| {
+        let mut pages = Pages { snp: *platform == ImagePlatform::Snp, count: 0 };
+        image.walk(Selection::One(*platform), &mut pages)?;
+        Ok(subject.row(&[pages.count as f64], &[MOST_PAGES], "the limit of SNP"))
+    };
+    PAGES.iter().map(count).collect()
 }
 
-/// Counts what is no shared page.
-#[derive(Default)]
-struct Pages(u64);
+/// Counts what is no shared page. Only SNP measures vCPUs as pages.
+struct Pages {
+    snp: bool,
+    count: u64,
+}
 
 impl<'a> Importer<'a> for Pages {
     type Error = std::convert::Infallible;
@@ -77,10 +88,10 @@ impl<'a> Importer<'a> for Pages {
     }
 
     fn import(&mut self, _: u32, item: &Item<'a>) -> std::result::Result<(), Self::Error> {
-        self.0 += match item {
+        self.count += match item {
             Item::Pages(run) if run.kind != PageKind::Shared => run.pages,
             Item::Parameters(area) => area.pages,
-            Item::Vcpu { .. } => 1,
+            Item::Vcpu { .. } => self.snp.into(),
             _ => 0,
         };
         Ok(())

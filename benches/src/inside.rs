@@ -20,7 +20,7 @@ use xtask::peer::Peer;
 use crate::console::Console;
 use crate::guests::SUBJECTS;
 use crate::machines::{Guest, Machines, Monitor};
-use crate::{Result, peers, progress};
+use crate::{Result, hashing, peers, progress};
 
 /// What both get on their command lines, and what is added to measure devices.
 const COMMAND_LINE: &str = "console=ttyS0 reboot=a panic=-1 pci=off";
@@ -51,6 +51,10 @@ pub struct Plan {
     pub boot_rounds: usize,
     /// Number of measurements of each kind.
     pub device_rounds: usize,
+    /// The payload `first`, which ends at once.
+    pub payload: PathBuf,
+    /// Number of measurements of the first stage's hash.
+    pub hash_rounds: usize,
 }
 
 /// Samples of one monitor, by name.
@@ -63,6 +67,8 @@ pub struct Findings {
     pub ours: Samples,
     /// QEMU's.
     pub theirs: Samples,
+    /// The first stage's and the host's throughput, MiB/s.
+    pub hash: (Vec<f64>, Vec<f64>),
 }
 
 impl Findings {
@@ -87,6 +93,9 @@ pub fn run(plan: &Path) -> Result<()> {
             progress(format_args!("boot {} of {}, {monitor:?}: {time:.2} s", round + 1, plan.boot_rounds));
             findings.add(monitor, "boot", time);
         }
+    }
+    if plan.hash_rounds > 0 {
+        findings.hash = hashing::measure(&plan, directory.path())?;
     }
     if plan.device_rounds > 0 {
         measure_devices(&machines, &plan, &mut findings)?;
@@ -113,6 +122,7 @@ fn move_to_memory(plan: &mut Plan, directory: &Path) -> Result<Machines> {
     for (name, path) in [
         ("cofferdam-vmm", &mut plan.cofferdam),
         ("kernel", &mut plan.kernel),
+        ("payload", &mut plan.payload),
         ("boot-initrd", &mut plan.boot_initrd),
         ("devices-initrd", &mut plan.devices_initrd),
     ] {

@@ -9,6 +9,8 @@
 //! | [`jail`] | the jailer with `namespaces`, which only enters those of a jail | this machine |
 //! | [`crowd`] | many domains with as many of `floor`, and late ones with early ones | this machine's `/dev/kvm` |
 //! | [`guests`] | the monitor with QEMU's `microvm` machine | hardware KVM, else the rig |
+//! | [`image`] | a start through an image with a direct one; pages of a launch with their limit | this machine's `/dev/kvm` |
+//! | [`hashing`] | the first stage's copying and hashing with the same code on its host | where the guests run |
 //! | [`report`] | medians, the table, `bench.json` | |
 //!
 //! `make bench` runs all and ends with the table. What the numbers mean, and
@@ -21,6 +23,7 @@ pub mod api;
 pub mod console;
 pub mod crowd;
 pub mod guests;
+pub mod hashing;
 pub mod image;
 pub mod inside;
 pub mod jail;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::{env, fs};
 
+use cofferdam_benches::guests::Rounds;
 use cofferdam_benches::report::{self, Row};
 use cofferdam_benches::{Result, api, crowd, guests, image, inside, jail, progress, start_up};
 use cofferdam_tests::place;
@@ -15,6 +16,7 @@ const JAILS: usize = 100;
 const CROWDS: usize = 20;
 const BOOTS: usize = 5;
 const DEVICES: usize = 30;
+const HASHES: usize = 5;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -24,12 +26,13 @@ fn main() -> ExitCode {
         ["start-up"] => start_up::run(STARTS).map(show),
         ["image"] => image::run(IMAGES).map(show),
         ["api"] => api_and_jail().map(show),
-        ["boot"] => guests::run(BOOTS, 0).map(show),
-        ["devices"] => guests::run(0, DEVICES).map(show),
+        ["hash"] => guests::run(Rounds { hashes: HASHES, ..Rounds::default() }).map(show),
+        ["boot"] => guests::run(Rounds { boots: BOOTS, ..Rounds::default() }).map(show),
+        ["devices"] => guests::run(Rounds { devices: DEVICES, ..Rounds::default() }).map(show),
         ["inside", plan] => inside::run(Path::new(plan)),
         // The rig starts this program as its agent.
         ["agent"] => xtask::agent::run().map_err(Into::into),
-        _ => Err("usage: bench [start-up | image | api | boot | devices]".into()),
+        _ => Err("usage: bench [start-up | image | api | hash | boot | devices]".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -48,7 +51,7 @@ fn all() -> Result<()> {
     let mut rows = start_up::run(STARTS)?;
     rows.extend(image::run(IMAGES)?);
     rows.extend(api_and_jail()?);
-    rows.extend(guests::run(BOOTS, DEVICES)?);
+    rows.extend(guests::run(Rounds { boots: BOOTS, devices: DEVICES, hashes: HASHES })?);
     let path = place::root().join("target/bench.json");
     fs::write(&path, serde_json::to_vec_pretty(&rows)?)?;
     show(rows);
