@@ -178,6 +178,7 @@ fn run_time() -> RunTime {
     let drive = MmioTransport::new(Box::new(drive), memory, Arc::new(Line)).unwrap();
     RunTime {
         identity: Default::default(),
+        file_hash: Arc::new(crate::image::FileHash::none()),
         inbox,
         virtio: vec![Arc::new(drive)],
         config: config().into(),
