@@ -10,6 +10,7 @@ use cofferdam_api::config::{
 };
 use cofferdam_api::validate::{ConfigError, VCPU_COUNT, check_id};
 
+use crate::container::ContainerCommand;
 use crate::drive::DriveArg;
 use crate::image::ImageCommand;
 use crate::run_dir;
@@ -75,6 +76,9 @@ pub enum Command {
     /// Image files: made, looked into, measured, signed
     #[command(subcommand)]
     Image(Box<ImageCommand>),
+    /// Container images, made ready for domains
+    #[command(subcommand)]
+    Container(Box<ContainerCommand>),
     /// Questions about this machine
     #[command(subcommand)]
     Host(HostCommand),

@@ -3,6 +3,7 @@
 
 mod args;
 mod console;
+mod container;
 mod control;
 mod detach;
 mod drive;
@@ -54,6 +55,7 @@ pub fn main() -> ExitCode {
             Command::Resume(target) => control::resume(&target),
             Command::Wait(args) => control::wait(&args),
             Command::Image(command) => image::run(&command),
+            Command::Container(command) => container::run(&command),
             Command::Host(HostCommand::Check { json }) => host_check::check(json),
         },
         Err(error) => usage(&error),

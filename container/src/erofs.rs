@@ -23,7 +23,7 @@ use crate::verity::{BLOCK, VerityWriter};
 
 use self::folder::Entry;
 use self::format::{FIRST_INODE, Inode, Layout};
-pub use self::xattr::XattrError;
+pub use self::xattr::{XattrError, is_known as is_known_xattr};
 
 /// The longest end of a content, in bytes, that is put behind its inode instead of into a block of its own.
 const MAX_TAIL: u64 = 2048;

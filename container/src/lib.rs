@@ -1,13 +1,22 @@
-//! Container images: what makes verified layers of them.
+//! Container images: what makes verified layers and a manifest of them.
 //!
 //! ```text
-//! tree + spool ── erofs ──▶ blocks ── verity ──▶ layer.erofs: file system, superblock and hash tree of dm-verity
+//! source ──▶ archives ──▶ trees + spool ── erofs ──▶ blocks ── verity ──▶ layers ──▶ manifest
 //! ```
 //!
 //! A [tree](tree) has names and attributes in memory; the content of its files is in a [spool](spool), a temporary file.
-//! The image is laid out in memory and then written once, hashed on its way.
+//! An image is laid out in memory and then written once, hashed on its way. All that a source says is bounded by a
+//! [budget](budget).
 
+pub mod archive;
+pub mod budget;
+pub mod build;
+pub mod digest;
 pub mod erofs;
+pub mod layer;
+pub mod process;
+pub mod source;
 pub mod spool;
 pub mod tree;
+pub mod unpack;
 pub mod verity;

@@ -228,7 +228,7 @@ mod tests {
     }
 
     fn veritysetup(args: &[&str]) -> String {
-        let output = Command::new("veritysetup").args(args).output().unwrap();
+        let output = Command::new("/usr/sbin/veritysetup").args(args).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success(), "{args:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
         text

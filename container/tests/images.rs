@@ -193,7 +193,7 @@ fn the_tools_of_erofs_and_cryptsetup_accept_images() {
     // Holes and repeated content cost nothing: 5 GiB of zeros are in it.
     assert!(fs::metadata(&path).unwrap().len() < 2 << 20);
     run(
-        "veritysetup",
+        "/usr/sbin/veritysetup",
         &["verify", name, name, &written.root_hash.to_string(), &format!("--hash-offset={}", written.size)],
     );
     run("fsck.erofs", &[name]);

@@ -31,6 +31,11 @@ pub enum XattrError {
     TooMany(usize),
 }
 
+/// Whether the format has this attribute.
+pub fn is_known(name: &[u8]) -> bool {
+    split(name).is_some()
+}
+
 /// The attributes, and the mark of a folder that hides what lower layers have in it.
 ///
 /// # Errors

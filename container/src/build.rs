@@ -1,0 +1,271 @@
+//! From a source to layers in a store and a manifest.
+//!
+//! ```text
+//! DIR/manifest.json
+//! DIR/layers            the store's folder, or a symbolic link to it
+//! STORE/layers/<root hash>/layer.erofs, layer.erofs.dmverity
+//! ```
+//!
+//! Layers are named by their root hashes, so images share those that are equal. An entry appears with all of its
+//! content or not at all.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use cofferdam_container_manifest::{self as manifest, Layer, MAX_LAYERS, ManifestError, Salt};
+
+use crate::archive::{ArchiveError, read_layer};
+use crate::budget::Budget;
+use crate::digest::{Digest, Hashing};
+use crate::erofs::{ErofsError, Image};
+use crate::layer::{Reading, Warnings};
+use crate::process::{self, ProcessError};
+use crate::source::{Opened, Packed, Source, SourceError};
+use crate::spool::Spool;
+use crate::tree::Folder;
+use crate::unpack::unpack;
+use crate::verity::{self, SALT, VerityWriter, Written};
+
+/// Why nothing was built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The source is refused.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A layer of it is refused.
+    #[error("{name}: {source}")]
+    Layer {
+        /// Which.
+        name: String,
+        /// Why.
+        source: ArchiveError,
+    },
+    /// There is no such file system.
+    #[error(transparent)]
+    Erofs(#[from] ErofsError),
+    /// The image does not say what to run.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The image says something that no manifest can.
+    #[error("the image's manifest: {0}")]
+    Manifest(#[from] ManifestError),
+    /// A file cannot be written.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// An entry of the store is not what it was.
+    #[error("{} is damaged: remove it, and build again", .0.display())]
+    Damaged(PathBuf),
+    /// The output names another store.
+    #[error("{} is there already, and is not the store's", .0.display())]
+    OtherStore(PathBuf),
+}
+
+/// How to build.
+#[derive(Debug)]
+pub struct Options<'a> {
+    /// The folder of the image.
+    pub output: &'a Path,
+    /// The folder whose `layers` has the layers, if not the image's own.
+    pub store: Option<&'a Path>,
+    /// Most bytes of an image when unpacked.
+    pub max_unpacked: u64,
+    /// What to run instead of what the image says.
+    pub command: &'a [String],
+}
+
+/// A layer that was built.
+#[derive(Debug)]
+pub struct Built {
+    /// Its root hash and size.
+    pub written: Written,
+    /// Of how many layers of the source it is made.
+    pub sources: usize,
+    /// Whether the store had it.
+    pub reused: bool,
+}
+
+/// What was built.
+#[derive(Debug)]
+pub struct Summary {
+    /// Layers, the lowest first.
+    pub layers: Vec<Built>,
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// What was left out.
+    pub warnings: Warnings,
+}
+
+/// Builds.
+///
+/// # Errors
+/// If anything is refused or cannot be written; then there is no manifest.
+pub fn build(source: &Source, options: &Options<'_>) -> Result<Summary, BuildError> {
+    let opened = source.open()?;
+    let store = options.store.unwrap_or(options.output).join("layers");
+    make_folder(options.output)?;
+    make_folder(&store)?;
+    if options.store.is_some() {
+        link_store(&options.output.join("layers"), &store)?;
+    }
+    let mut spool =
+        Spool::create(&store).map_err(|source| BuildError::Write { path: store.clone(), source })?;
+    let mut warnings = Warnings::default();
+    let (trees, root) = read_trees(&opened, options.max_unpacked, &mut spool, &mut warnings)?;
+    let mut layers = Vec::new();
+    for (tree, sources) in &trees {
+        let (written, reused) = store_layer(tree, &spool, &store)?;
+        layers.push(Built { written, sources: *sources, reused });
+    }
+    let described = layers.iter().map(|layer| Layer {
+        root_hash: layer.written.root_hash,
+        salt: Salt(SALT.to_vec()),
+        size: layer.written.size,
+    });
+    let made = process::manifest(described.collect(), &opened.defaults, options.command, &root, &spool)?;
+    let bytes = manifest::encode(&made)?;
+    let path = options.output.join("manifest.json");
+    replace_file(&path, &bytes).map_err(|source| BuildError::Write { path, source })?;
+    Ok(Summary { layers, digest: Digest::of(&bytes), warnings })
+}
+
+/// The layers that will be, each with the number of the source's layers in it, and the file system that they make.
+fn read_trees(
+    opened: &Opened,
+    max_unpacked: u64,
+    spool: &mut Spool,
+    warnings: &mut Warnings,
+) -> Result<(Vec<(Folder, usize)>, Folder), BuildError> {
+    let budget = Budget::new(max_unpacked);
+    let mut trees: Vec<(Folder, usize)> = Vec::new();
+    let mut root = Folder::default();
+    for packed in &opened.layers {
+        let mut reading = Reading::new(&root, opened.whiteouts, &budget, warnings);
+        read_packed(packed, &mut reading, spool)
+            .map_err(|source| BuildError::Layer { name: packed.name.clone(), source })?;
+        let mut tree = reading.finish();
+        if tree.opaque {
+            trees.clear();
+        }
+        if trees.is_empty() {
+            tree.forget_hidden();
+        }
+        root.put_on_top(&tree);
+        let full = trees.len() == MAX_LAYERS;
+        // More layers than a domain has devices for become one; the lowest, which images share, stay as they are.
+        match trees.last_mut() {
+            Some((top, sources)) if full => {
+                top.put_on_top(&tree);
+                *sources += 1;
+            }
+            _ => trees.push((tree, 1)),
+        }
+    }
+    root.forget_hidden();
+    Ok((trees, root))
+}
+
+/// Reads a layer, and compares it with its digests.
+fn read_packed(packed: &Packed, reading: &mut Reading<'_>, spool: &mut Spool) -> Result<(), ArchiveError> {
+    let mut outer = Hashing::new(&packed.file);
+    let mut inner = Hashing::new(unpack(&mut outer)?);
+    read_layer(&mut inner, reading, spool)?;
+    let (unpacked, rest) = inner.finish()?;
+    drop(rest);
+    let (whole, _) = outer.finish()?;
+    match packed.digests {
+        Some((expected, _)) if expected != whole => Err(ArchiveError::Digest { found: whole, expected }),
+        Some((_, expected)) if expected != unpacked => {
+            Err(ArchiveError::UnpackedDigest { found: unpacked, expected })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Makes the image of a layer, and puts it into the store if that does not have it.
+fn store_layer(tree: &Folder, spool: &Spool, store: &Path) -> Result<(Written, bool), BuildError> {
+    let image = Image::new(tree)?;
+    let fail = |path: &Path| {
+        let path = path.to_owned();
+        move |source| BuildError::Write { path, source }
+    };
+    let new = Temporary::new(store).map_err(fail(store))?;
+    let path = new.0.join("layer.erofs");
+    let file = File::create_new(&path).map_err(fail(&path))?;
+    let mut out = VerityWriter::new(&file, image.blocks());
+    image.write(spool, &mut out)?;
+    let written = out.finish().and_then(|written| file.sync_all().map(|()| written)).map_err(fail(&path))?;
+    let metadata = new.0.join("layer.erofs.dmverity");
+    fs::write(&metadata, written.metadata()).map_err(fail(&metadata))?;
+
+    let entry = store.join(written.root_hash.to_string());
+    match fs::rename(&new.0, &entry) {
+        Ok(()) => Ok((written, false)),
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists) =>
+        {
+            let size = fs::metadata(entry.join("layer.erofs")).map(|metadata| metadata.len()).ok();
+            let text = fs::read_to_string(entry.join("layer.erofs.dmverity")).ok();
+            if size != Some(verity::file_size(image.blocks())) || text != Some(written.metadata()) {
+                return Err(BuildError::Damaged(entry));
+            }
+            Ok((written, true))
+        }
+        Err(source) => Err(BuildError::Write { path: entry, source }),
+    }
+}
+
+/// A folder that is removed unless it was renamed.
+struct Temporary(PathBuf);
+
+impl Temporary {
+    fn new(store: &Path) -> io::Result<Self> {
+        for attempt in 0..u32::MAX {
+            let path = store.join(format!(".new-{}-{attempt}", std::process::id()));
+            match fs::create_dir(&path) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                result => return result.map(|()| Self(path)),
+            }
+        }
+        Err(io::ErrorKind::AlreadyExists.into())
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // Renamed, it is not there any more.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn make_folder(path: &Path) -> Result<(), BuildError> {
+    fs::create_dir_all(path).map_err(|source| BuildError::Write { path: path.to_owned(), source })
+}
+
+/// Makes `link` lead to the store's layers.
+fn link_store(link: &Path, layers: &Path) -> Result<(), BuildError> {
+    let fail = |source| BuildError::Write { path: link.to_owned(), source };
+    let target = layers.canonicalize().map_err(fail)?;
+    match symlink(&target, link) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let same = link.canonicalize().is_ok_and(|existing| existing == target);
+            if same { Ok(()) } else { Err(BuildError::OtherStore(link.to_owned())) }
+        }
+        result => result.map_err(fail),
+    }
+}
+
+/// Writes a file so that readers see the old one or the new one.
+fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let new = path.with_extension(format!("new-{}", std::process::id()));
+    fs::write(&new, bytes)?;
+    fs::rename(&new, path).inspect_err(|_| {
+        let _ = fs::remove_file(&new);
+    })
+}

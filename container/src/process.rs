@@ -1,0 +1,209 @@
+//! The manifest of an image: what the image says of its process, and little that the host may do.
+
+use cofferdam_container_manifest::{Host, Layer, Manifest, OnVerityFailure, Process, Signal, Stop};
+
+use crate::source::Defaults;
+use crate::spool::Spool;
+use crate::tree::{Folder, Kind, Node};
+
+/// The search path of an image that has none.
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// What other container tools leave to a process of user 0.
+const CAPABILITIES: [&str; 14] = [
+    "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_MKNOD",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+/// How long an orderly stop takes at most, in milliseconds.
+const STOP_MS: u64 = 10_000;
+/// Longest /etc/passwd and /etc/group that is read, in bytes.
+const MAX_USERS: u64 = 1 << 20;
+
+/// Why an image has no manifest.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProcessError {
+    /// A user that the image does not know.
+    #[error("the image has no user {0:?} in /etc/passwd")]
+    User(String),
+    /// A group that the image does not know.
+    #[error("the image has no group {0:?} in /etc/group")]
+    Group(String),
+    /// A signal that no manifest can have.
+    #[error("the image is stopped with the signal {0:?}, which no manifest can name")]
+    Signal(String),
+    /// Nothing to run.
+    #[error("the image names no program; give one after --")]
+    NoProgram,
+}
+
+/// The manifest of an image with these layers, whose files `root` and `spool` have. `command` replaces the image's own.
+///
+/// # Errors
+/// If something that the image names is not there.
+pub fn manifest(
+    layers: Vec<Layer>,
+    defaults: &Defaults,
+    command: &[String],
+    root: &Folder,
+    spool: &Spool,
+) -> Result<Manifest, ProcessError> {
+    let command = if command.is_empty() { defaults.cmd.as_deref().unwrap_or_default() } else { command };
+    let args = [defaults.entrypoint.as_deref().unwrap_or_default(), command].concat();
+    if args.is_empty() {
+        return Err(ProcessError::NoProgram);
+    }
+    let users = Users { passwd: text(root, spool, b"passwd"), group: text(root, spool, b"group") };
+    let (uid, gid, groups) = users.find(&defaults.user)?;
+    let mut env = defaults.env.clone().unwrap_or_default();
+    if !env.iter().any(|entry| entry.starts_with("PATH=")) {
+        env.insert(0, PATH.to_owned());
+    }
+    let signal = match defaults.stop_signal.as_deref() {
+        None | Some("") => Signal::Term,
+        Some(name) => Signal::from_name(name).ok_or_else(|| ProcessError::Signal(name.to_owned()))?,
+    };
+    Ok(Manifest {
+        host: Host {
+            exec: vec![],
+            signals: vec![Signal::Int, Signal::Term],
+            stderr: true,
+            stdin: false,
+            stdout: true,
+            stop: Some(Stop { signal, timeout_ms: STOP_MS }),
+        },
+        hostname: "container".to_owned(),
+        layers,
+        mounts: vec![],
+        on_verity_failure: OnVerityFailure::Kill,
+        process: Process {
+            args,
+            capabilities: CAPABILITIES.map(str::to_owned).to_vec(),
+            cwd: absolute(&defaults.working_dir),
+            env,
+            gid,
+            groups,
+            no_new_privs: false,
+            read_only_root: false,
+            rlimits: vec![],
+            start_env: vec![],
+            terminal: false,
+            uid,
+        },
+        scratch: None,
+        version: 1,
+    })
+}
+
+/// A working directory in the form that a manifest has. One with `..` stays, and is refused there.
+fn absolute(path: &str) -> String {
+    let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
+    format!("/{}", parts.join("/"))
+}
+
+/// What a file in /etc says, or nothing if it is none.
+fn text(root: &Folder, spool: &Spool, name: &[u8]) -> String {
+    let Some(Node::Leaf(leaf)) = root.find([b"etc", name]) else { return String::new() };
+    let Kind::File(content) = &leaf.kind else { return String::new() };
+    let mut bytes = vec![0; content.size().min(MAX_USERS) as usize];
+    match spool.read(content, 0, &mut bytes) {
+        Ok(()) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(_) => String::new(),
+    }
+}
+
+/// The users and groups that an image knows.
+struct Users {
+    passwd: String,
+    group: String,
+}
+
+impl Users {
+    /// User, group and further groups of `USER[:GROUP]`, each a name or a number; nothing is root.
+    fn find(&self, wanted: &str) -> Result<(u32, u32, Vec<u32>), ProcessError> {
+        let (user, group) = match wanted.split_once(':') {
+            Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
+            None => (wanted, None),
+        };
+        let user = if user.is_empty() { "0" } else { user };
+        let number = user.parse::<u32>().ok();
+        let mut entries = self.passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());
+        let entry = entries.find(|entry| match (number, entry.as_slice()) {
+            (Some(number), [_, _, uid, ..]) => uid.parse() == Ok(number),
+            (None, [name, ..]) => *name == user,
+            _ => false,
+        });
+        let field = |at: usize| entry.as_ref().and_then(|entry| entry.get(at)?.parse::<u32>().ok());
+        let uid = number.or(field(2)).ok_or_else(|| ProcessError::User(user.to_owned()))?;
+        let Some(group) = group else {
+            let name = entry.as_ref().and_then(|entry| entry.first()).copied();
+            return Ok((uid, field(3).unwrap_or(0), name.map_or_else(Vec::new, |name| self.groups(name))));
+        };
+        let by_name = || {
+            self.group.lines().find_map(|line| {
+                let mut fields = line.split(':');
+                if fields.next()? == group { fields.nth(1)?.parse().ok() } else { None }
+            })
+        };
+        let gid = group.parse().ok().or_else(by_name).ok_or_else(|| ProcessError::Group(group.to_owned()))?;
+        // With a group of one's own choice there are no further ones, as elsewhere.
+        Ok((uid, gid, vec![]))
+    }
+
+    /// The groups that have this member, sorted.
+    fn groups(&self, member: &str) -> Vec<u32> {
+        let mut groups: Vec<u32> = self
+            .group
+            .lines()
+            .filter_map(|line| {
+                let fields: Vec<&str> = line.split(':').collect();
+                let [_, _, gid, members] = fields.as_slice() else { return None };
+                members.split(',').any(|one| one == member).then(|| gid.parse().ok())?
+            })
+            .collect();
+        groups.sort_unstable();
+        groups.dedup();
+        groups
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_and_groups() {
+        let users = Users {
+            passwd: "root:x:0:0::/root:/bin/sh\nweb:x:33:34:w:/:/x\nbroken\n".to_owned(),
+            group: "root:x:0:\nweb:x:34:\nlog:x:7:web,root\nadm:x:4:web\nlog2:x:7:web\n".to_owned(),
+        };
+        assert_eq!(users.find(""), Ok((0, 0, vec![7])));
+        assert_eq!(users.find("web"), Ok((33, 34, vec![4, 7])));
+        assert_eq!(users.find("33"), Ok((33, 34, vec![4, 7])));
+        assert_eq!(users.find("1000"), Ok((1000, 0, vec![])));
+        assert_eq!(users.find("1000:web"), Ok((1000, 34, vec![])));
+        assert_eq!(users.find("web:9"), Ok((33, 9, vec![])));
+        assert_eq!(users.find("nobody"), Err(ProcessError::User("nobody".to_owned())));
+        assert_eq!(users.find("web:nobody"), Err(ProcessError::Group("nobody".to_owned())));
+        assert_eq!(users.find("broken"), Err(ProcessError::User("broken".to_owned())));
+    }
+
+    #[test]
+    fn working_directories() {
+        for (given, path) in
+            [("", "/"), ("/", "/"), ("/a//b/./c/", "/a/b/c"), ("a", "/a"), ("/../a", "/../a")]
+        {
+            assert_eq!(absolute(given), path);
+        }
+    }
+}
