@@ -244,7 +244,7 @@ fn a_domain_in_the_background_ends_like_others() {
             let waited = host.ask(&["wait", "--json", "d"]);
             assert_eq!(waited.status.code(), Some(code), "{payload}: {}", stderr(&waited));
             let outcome: Value = serde_json::from_slice(&waited.stdout).unwrap();
-            assert_eq!((&outcome["protected"], outcome.as_object().unwrap().len()), (&json!(false), 9));
+            assert_eq!((&outcome["protected"], outcome.as_object().unwrap().len()), (&json!(false), 10));
         }
         assert_eq!(host.entries(), [""; 0]);
     }
