@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::confidential::{Confidential, HostData, PlatformChoice, SnpConfig};
 use crate::json;
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::validate::ConfigError;
@@ -308,30 +309,6 @@ pub enum SerialMode {
     None,
 }
 
-/// How the domain is protected.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub struct Confidential {
-    /// The platform asked for.
-    #[serde(default)]
-    pub platform: PlatformChoice,
-}
-
-/// The platform asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub enum PlatformChoice {
-    /// The best that the host has and this monitor drives (today: plain).
-    #[default]
-    Auto,
-    /// An ordinary virtual machine; the host can read and change everything in it.
-    Plain,
-    /// AMD SEV-SNP; it needs an image.
-    Snp,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -436,7 +413,7 @@ mod tests {
             "cache_type": "Unsafe", "io_engine": "Sync", "block_size": 4096,
             "rate_limiter": {"bandwidth": {"size": 1, "one_time_burst": 2, "refill_time": 3}}}],
         "vsock": {"guest_cid": 3, "uds_path": "v"}, "serial": {"mode": "File", "serial_out_path": "s", "rate_limiter": {"size": 4, "refill_time": 5}},
-        "confidential": {"platform": "plain"}, "stop_timeout_ms": 5}"#;
+        "confidential": {"platform": "auto", "snp": {"policy": 5}}, "stop_timeout_ms": 5}"#;
 
     #[derive(Clone, Debug)]
     enum Change {

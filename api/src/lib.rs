@@ -29,6 +29,7 @@
 pub mod actions;
 #[cfg(feature = "client")]
 pub mod client;
+pub mod confidential;
 pub mod config;
 pub mod draft;
 mod json;

@@ -46,6 +46,7 @@ impl DomainConfig {
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
         }
+        self.confidential.validate(self.boot.mode())?;
         self.serial.validate()?;
         self.logger.as_ref().map_or(Ok(()), LoggerConfig::validate)?;
         self.metrics.as_ref().map_or(Ok(()), MetricsConfig::validate)?;
@@ -75,6 +76,8 @@ impl DomainConfig {
             ("vsock.uds_path", self.vsock.as_ref().map(|vsock| &vsock.uds_path)),
             ("serial.serial_out_path", self.serial.serial_out_path.as_ref()),
             ("logger.log_path", self.logger.as_ref().and_then(|logger| logger.log_path.as_ref())),
+            ("confidential.snp.id_block", self.confidential.snp.id_block.as_ref()),
+            ("confidential.snp.id_auth", self.confidential.snp.id_auth.as_ref()),
             ("metrics.metrics_path", self.metrics.as_ref().map(|metrics| &metrics.metrics_path)),
         ];
         let named = named.into_iter().filter_map(|(field, path)| Some((field.to_owned(), path?.as_path())));

@@ -1,12 +1,13 @@
 //! The command line, and the configuration that it describes.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use cofferdam_api::config::{
-    BootMode, BootProtocol, BootSource, Confidential, DomainConfig, MachineConfig, PlatformChoice, Serial,
-    SerialMode, Vsock,
+    BootMode, BootProtocol, BootSource, Confidential, DomainConfig, HostData, MachineConfig, PlatformChoice,
+    Serial, SerialMode, SnpConfig, Vsock,
 };
 use cofferdam_api::validate::{ConfigError, VCPU_COUNT, check_id};
 
@@ -14,7 +15,7 @@ use crate::container::ContainerCommand;
 use crate::drive::DriveArg;
 use crate::image::ImageCommand;
 use crate::run_dir;
-use crate::units::{parse_size, parse_time};
+use crate::units::{parse_number, parse_size, parse_time};
 
 /// Runs each workload in a virtual machine of its own.
 #[derive(Debug, Parser)]
@@ -256,6 +257,21 @@ pub struct RunArgs {
     /// How the domain is protected
     #[arg(long, value_enum, value_name = "PLATFORM", default_value_t = PlatformArg::Auto)]
     pub platform: PlatformArg,
+    /// Start nothing that is not protected
+    #[arg(long)]
+    pub require_protected: bool,
+    /// 32 bytes that attestation reports show, and that the kernel gets of images which want them
+    #[arg(long, value_name = "HEX", value_parser = HostData::from_str)]
+    pub host_data: Option<HostData>,
+    /// Guest policy of SEV-SNP [default: the image's]
+    #[arg(long, value_name = "N", value_parser = parse_number)]
+    pub snp_policy: Option<u64>,
+    /// ID block (96 bytes), in place of the image's
+    #[arg(long, value_name = "FILE", requires = "snp_id_auth")]
+    pub snp_id_block: Option<PathBuf>,
+    /// Authentication of the ID block (4096 bytes)
+    #[arg(long, value_name = "FILE", requires = "snp_id_block")]
+    pub snp_id_auth: Option<PathBuf>,
     /// Name of the domain [default: domain-<process id>]
     #[arg(long, value_name = "NAME")]
     pub id: Option<String>,
@@ -392,6 +408,13 @@ impl RunArgs {
                     PlatformArg::Plain => PlatformChoice::Plain,
                     PlatformArg::Snp => PlatformChoice::Snp,
                 },
+                require_protected: self.require_protected,
+                host_data: self.host_data,
+                snp: SnpConfig {
+                    policy: self.snp_policy,
+                    id_block: self.snp_id_block.clone(),
+                    id_auth: self.snp_id_auth.clone(),
+                },
             },
             stop_timeout_ms: u64::try_from(self.stop_timeout.as_millis()).unwrap_or(u64::MAX),
             logger: None,
@@ -410,6 +433,8 @@ impl RunArgs {
             ("--image", self.image.as_ref()),
             ("--initrd", self.initrd.as_ref()),
             ("--vsock", self.vsock.as_ref()),
+            ("--snp-id-block", self.snp_id_block.as_ref()),
+            ("--snp-id-auth", self.snp_id_auth.as_ref()),
             ("--console", console),
         ];
         match paths.iter().find_map(|(option, path)| path.filter(|p| p.to_str().is_none()).zip(Some(option)))
@@ -430,7 +455,7 @@ impl RunArgs {
 
 /// The message of `error`, with the option in place of the field that it gave its value.
 fn with_option(error: &ConfigError) -> String {
-    const OPTIONS: [(&str, &str); 10] = [
+    const OPTIONS: [(&str, &str); 13] = [
         ("machine-config.vcpu_count", "--cpus"),
         ("machine-config.mem_size_mib", "--memory"),
         ("boot-source.kernel_image_path", "--kernel"),
@@ -438,6 +463,9 @@ fn with_option(error: &ConfigError) -> String {
         ("boot-source.boot_protocol", "--boot-protocol"),
         ("boot-source.initrd_path", "--initrd"),
         ("boot-source.boot_args", "--cmdline"),
+        ("confidential.platform", "--platform"),
+        ("confidential.require_protected", "--require-protected"),
+        ("confidential.host_data", "--host-data"),
         ("vsock.guest_cid", "--guest-cid"),
         ("vsock.uds_path", "--vsock"),
         ("stop_timeout_ms", "--stop-timeout"),

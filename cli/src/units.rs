@@ -32,6 +32,15 @@ pub fn parse_time(text: &str) -> Result<Duration, String> {
     millis.map(Duration::from_millis).ok_or_else(|| format!("{text:?} is too long"))
 }
 
+/// Reads a number, decimal or hexadecimal: `196608`, `0x30000`.
+pub fn parse_number(text: &str) -> Result<u64, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(hexadecimal) => u64::from_str_radix(hexadecimal, 16),
+        None => text.parse(),
+    };
+    number.map_err(|_| format!("{text:?} is not a number such as 0x30000"))
+}
+
 fn split(text: &str) -> (&str, &str) {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     // Digits are single bytes, so this is a boundary.

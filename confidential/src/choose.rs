@@ -6,6 +6,7 @@ use cofferdam_api::config::PlatformChoice;
 use thiserror::Error;
 
 use crate::host::{HostFiles, KvmInterface, survey};
+use crate::image::compose::check_snp_policy;
 use crate::image::importer::ImagePlatform;
 use crate::image::walk::names;
 use crate::plain::Plain;
@@ -39,9 +40,15 @@ pub enum ChooseError {
     /// A kernel that the monitor loads itself is plain to the host.
     #[error("confidential.platform: {platform} needs an image, and the monitor is to load the kernel itself", platform = .0.name())]
     Direct(ImagePlatform),
+    /// A guest policy that no launch can have.
+    #[error("confidential.snp.policy: {0}")]
+    Policy(String),
     /// None that protects can be had, and it has to be one.
     #[error("confidential.require_protected: {0}")]
     Unprotected(Box<ChooseError>),
+    /// The launch was finished, and protects nothing.
+    #[error("confidential.require_protected: the guest policy lets the host debug the domain")]
+    Exposed,
     /// A plain domain was asked for, and one that is protected.
     #[error("confidential.require_protected: a plain domain is not protected")]
     Plain,
@@ -86,6 +93,9 @@ fn snp(
     let has = image.ok_or(ChooseError::Direct(platform))?;
     if !has.contains(&platform) {
         return Err(ChooseError::Image { platform, has: has.to_owned() });
+    }
+    if let Some(policy) = options.policy {
+        check_snp_policy(policy).map_err(|error| ChooseError::Policy(error.to_string()))?;
     }
     let offered = survey::snp(&HostFiles::default(), Some(kvm));
     if let (false, reason, remedy) = (offered.ok, offered.reason, offered.remedy.unwrap_or_default()) {

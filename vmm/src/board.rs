@@ -18,8 +18,8 @@ use cofferdam_devices::platform::ioapic::{IoApic, MsiSink};
 use cofferdam_devices::platform::power::{EVENT_PORTS, PowerButton, SLEEP_PORTS, SleepRegisters};
 use cofferdam_devices::platform::pvpanic::PvPanic;
 use cofferdam_devices::platform::serial::SERIAL_PORTS;
-use cofferdam_devices::virtio::VirtioDevice;
 use cofferdam_devices::virtio::mmio::{MMIO_SIZE, MmioTransport, QUEUE_NOTIFY};
+use cofferdam_devices::virtio::{SharedPages, VirtioDevice};
 use cofferdam_firmware::layout;
 use event_manager::{EventManager, EventSubscriber, SubscriberOps};
 use kvm_bindings::kvm_msi;
@@ -89,11 +89,13 @@ impl MsiSink for KvmMsi {
 }
 
 impl Board {
-    /// Puts the devices on the buses. `virtio` devices take the slots in their order. What the devices count in is
+    /// Puts the devices on the buses. `virtio` devices take the slots in their order, and touch only what
+    /// is `shared` of `memory` if somebody tells. What the devices count in is
     /// added to `metrics`.
     pub fn new(
         vm: &Arc<VmFd>,
         memory: &Arc<GuestMemoryMmap>,
+        shared: Option<Arc<dyn SharedPages>>,
         control: &Arc<Control>,
         console: ConsoleFiles,
         virtio: Vec<Box<dyn VirtioDevice>>,
@@ -132,8 +134,13 @@ impl Board {
                 .ok()
                 .filter(|slot| *slot < layout::VIRTIO_MMIO_SLOTS)
                 .ok_or(BoardError::NoSlot(index))?;
-            let transport = MmioTransport::new(device, memory.clone(), line(layout::virtio_mmio_pin(slot))?)
-                .map_err(host("a virtio device's eventfds"))?;
+            let transport = MmioTransport::new(
+                device,
+                memory.clone(),
+                shared.clone(),
+                line(layout::virtio_mmio_pin(slot))?,
+            )
+            .map_err(host("a virtio device's eventfds"))?;
             let transport = Arc::new(transport);
             metrics.transports.push(transport.metrics());
             let address = layout::virtio_mmio_address(slot);

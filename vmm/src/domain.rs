@@ -15,7 +15,7 @@ use cofferdam_api::actions::VmmData;
 use cofferdam_api::config::DomainConfig;
 use cofferdam_api::server::Reply;
 use cofferdam_api::status::{Event, ExitReason, Identity, Outcome};
-use cofferdam_confidential::{Launch, Launched};
+use cofferdam_confidential::{ChooseError, Launch, Launched};
 use cofferdam_devices::virtio::vsock::SocketFile;
 use cofferdam_firmware::parameters::Parameters;
 use cofferdam_firmware::{acpi, layout};
@@ -32,7 +32,7 @@ use crate::gate::Gate;
 use crate::image::{FileHash, LoadWindow, hex};
 use crate::memory;
 use crate::metrics::{DeviceMetrics, FlushTimer, Metrics, PERIOD};
-use crate::page_state::PageState;
+use crate::page_state::{PageState, SharedSide};
 use crate::phases::PhaseClock;
 use crate::seccomp::{Policies, Thread};
 use crate::signals::StopSignals;
@@ -276,10 +276,14 @@ fn launch(
     for (index, vcpu) in (0..).zip(launch.vcpus()) {
         arch::set_up(vcpu, index, &mut template, &*entry)?;
     }
+    let shared = launch.private_memory().map(|memory| Arc::new(SharedSide(memory.clone())) as _);
     let (board, buses) =
-        Board::new(launch.vm(), &memory, control, resources.console, resources.virtio, metrics)?;
+        Board::new(launch.vm(), &memory, shared, control, resources.console, resources.virtio, metrics)?;
     metrics.vcpus = (0..count).map(|_| Arc::default()).collect();
     let launched = launch.finish()?;
+    if config.confidential.require_protected && !launched.sealed().protected {
+        return Err(ChooseError::Exposed.into());
+    }
     clock.reached("launched");
     Ok((launched, window, board, buses))
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use cofferdam_confidential::private_memory::{ConversionError, PrivateMemory, Side};
 use cofferdam_confidential::snp::HC_MAP_GPA_RANGE;
+use cofferdam_devices::virtio::SharedPages;
 use cofferdam_firmware::layout::PAGE_SIZE;
 use kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE;
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -17,6 +18,15 @@ use crate::gate::Gate;
 const ENCRYPTED: u64 = 1 << 4;
 /// What the guest is told if it asks for something that cannot be; KVM takes no more than this and `EAGAIN`.
 const REFUSED: u64 = libc::EINVAL as u64;
+
+/// What devices may touch of such a domain.
+pub struct SharedSide(pub Arc<PrivateMemory>);
+
+impl SharedPages for SharedSide {
+    fn is_shared(&self, address: u64, length: u64) -> bool {
+        self.0.is_shared(address, length)
+    }
+}
 
 /// Moves pages of a domain.
 pub struct PageState {

@@ -2,7 +2,7 @@
 //! files and the sockets that the configuration names.
 
 use std::fs::OpenOptions;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
@@ -10,13 +10,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cofferdam_api::config::{
-    self, BootMode, BootProtocol, BootSource, CacheType, DomainConfig, Drive, IoEngine, SerialMode,
+    self, BootMode, BootProtocol, BootSource, CacheType, Confidential, DomainConfig, Drive, IoEngine,
+    SerialMode, SnpConfig,
 };
 use cofferdam_api::source::{BadNumber, Source};
 use cofferdam_api::status::ExitReason;
 use cofferdam_api::validate::ConfigError;
 use cofferdam_confidential::choose::Wanted;
+use cofferdam_confidential::digest::id_block::{IdAuthentication, IdBlock};
 use cofferdam_confidential::host::{self, HostError};
+use cofferdam_confidential::snp::SnpOptions;
 use cofferdam_confidential::{ChooseError, LaunchError, Platform, choose};
 use cofferdam_devices::rate_limiter::{RateLimitChange, RateLimitError, RateLimits, TokenBucket};
 use cofferdam_devices::virtio::VirtioDevice;
@@ -38,7 +41,7 @@ use crate::api::ApiError;
 use crate::arch::{VcpuSetupError, VmSetupError};
 use crate::board::BoardError;
 use crate::boot::{BootError, BootFiles, BootPlan, ImageSource, Protocol};
-use crate::descriptor::{DescriptorError, Inherited};
+use crate::descriptor::{self, DescriptorError, Inherited};
 use crate::image::{Image, ImageError};
 use crate::memory::MemoryError;
 use crate::metrics::DeviceMetrics;
@@ -100,6 +103,17 @@ pub enum StartError {
     /// The kernel, the initrd, the command line or the size of the memory is bad.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// A structure for the platform cannot be read.
+    #[error("{field}: {}: {error}", path.display())]
+    Structure {
+        /// The field of the configuration.
+        field: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        error: io::Error,
+    },
     /// The image is bad, or not for this domain.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -198,6 +212,7 @@ impl StartError {
             | Self::Config(_)
             | Self::Host(_)
             | Self::Choose(_)
+            | Self::Structure { .. }
             | Self::Boot(_)
             | Self::Image(_)
             | Self::Descriptor { .. }
@@ -308,7 +323,7 @@ fn open_boot(
     inherited: &mut Inherited,
 ) -> Result<(Boot, Box<dyn Platform>), StartError> {
     let (mode, memory) = (config.boot.mode(), memory_size(config));
-    let wanted = Wanted { platform: config.confidential.platform, ..Wanted::default() };
+    let wanted = wanted(&config.confidential)?;
     let mut image = if let Some(path) = &config.boot.image_path {
         Image::open(image(IMAGE_PATH, path, inherited)?)?
     } else {
@@ -332,11 +347,40 @@ fn open_boot(
         serial: true,
         // Known when CPUID is made.
         sha_instructions: false,
-        host_data: [0; 32],
+        host_data: wanted.snp.host_data,
     };
     let platform = choose(kvm, wanted, Some(&image.platforms()?))?;
-    image.check(platform.image_platform(), &parameters)?;
+    let parameters = image.check(platform.image_platform(), parameters)?;
     Ok((Boot::Image(image, parameters), platform))
+}
+
+/// What is asked of the platform, its files read.
+fn wanted(config: &Confidential) -> Result<Wanted, StartError> {
+    let SnpConfig { policy, id_block, id_auth } = &config.snp;
+    let id = match (id_block, id_auth) {
+        (Some(block), Some(authentication)) => Some(Box::new((
+            IdBlock::from_bytes(&exact("confidential.snp.id_block", block)?),
+            IdAuthentication::from_bytes(&exact("confidential.snp.id_auth", authentication)?),
+        ))),
+        _ => None,
+    };
+    let host_data = config.host_data.map_or([0; 32], |data| data.0);
+    Ok(Wanted {
+        platform: config.platform,
+        protected: config.require_protected,
+        snp: SnpOptions { policy: *policy, host_data, id },
+    })
+}
+
+/// The content of a file that has exactly `N` bytes.
+fn exact<const N: usize>(field: &'static str, path: &Path) -> Result<[u8; N], StartError> {
+    let failed = |error| StartError::Structure { field, path: path.to_owned(), error };
+    let mut bytes = Vec::new();
+    // One byte more shows that it is too large.
+    descriptor::open(&source(field, path)?)
+        .and_then(|file| file.take((N as u64).saturating_add(1)).read_to_end(&mut bytes))
+        .map_err(failed)?;
+    bytes.as_slice().try_into().map_err(|_| failed(io::Error::other(format!("it has not {N} bytes"))))
 }
 
 /// Checks that drive `index` can be used now, but for locks that others have on it, and keeps nothing of it.

@@ -93,8 +93,21 @@ fn the_line_of_the_issue() {
         "5",
         "--stop-timeout",
         "500ms",
+        "--host-data",
+        &"0f".repeat(32),
+        "--snp-policy",
+        "0x30000",
+        "--snp-id-block",
+        "B",
+        "--snp-id-auth",
+        "A",
+        "--boot",
+        "image",
     ])
     .unwrap();
+    let snp = SnpConfig { policy: Some(0x30000), id_block: Some("B".into()), id_auth: Some("A".into()) };
+    assert_eq!((&config.confidential.snp, config.confidential.host_data), (&snp, Some(HostData([15; 32]))));
+    assert!(!config.confidential.require_protected);
     assert_eq!(config.machine, MachineConfig { vcpu_count: 2, mem_size_mib: 256 });
     assert_eq!(config.boot.initrd_path, Some("initrd.img".into()));
     assert_eq!(config.command_line(), "-q S root=/dev/vdb rw");
@@ -138,6 +151,10 @@ fn bad_values_name_the_option() {
         (vec!["--console", "tty"], "stdio, none or file=FILE"),
         (vec!["--console", "file="], "--console: is empty"),
         (vec!["--platform", "sev"], "--platform"),
+        (vec!["--platform", "plain", "--require-protected"], "--require-protected"),
+        (vec!["--host-data", "00"], "64 hexadecimal digits"),
+        (vec!["--snp-id-block", "b"], "--snp-id-auth"),
+        (vec!["--snp-policy", "x"], "number such as 0x30000"),
         (vec!["--stop-timeout", "25000m"], "--stop-timeout: 1500000000 ms is not between 0 and 86400000 ms"),
         (vec!["--kernel", "k2"], "--kernel"),
     ] {

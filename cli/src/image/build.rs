@@ -13,7 +13,7 @@ use cofferdam_confidential::image::walk::Selection;
 use cofferdam_firmware::{boot, layout};
 
 use super::{ImageError, read_file};
-use crate::units::parse_size;
+use crate::units::{parse_number, parse_size};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -84,16 +84,11 @@ fn parse_platform(text: &str) -> Result<ImagePlatform, String> {
 }
 
 fn parse_policy(text: &str) -> Result<Policy, String> {
-    let number = |digits: &str| match digits.strip_prefix("0x") {
-        Some(hexadecimal) => u64::from_str_radix(hexadecimal, 16),
-        None => digits.parse(),
-    };
-    let value = |digits| number(digits).map_err(|_| format!("{digits:?} is not a number such as 0x30000"));
     match text.split_once('=') {
         None if text == "host-data" => Ok(Policy::HostData),
         None if text == "accept-all" => Ok(Policy::AcceptAll),
-        Some(("snp", digits)) => value(digits).map(Policy::Snp),
-        Some(("tdx", digits)) => value(digits).map(Policy::Tdx),
+        Some(("snp", digits)) => parse_number(digits).map(Policy::Snp),
+        Some(("tdx", digits)) => parse_number(digits).map(Policy::Tdx),
         _ => Err("not snp=N, tdx=N, host-data or accept-all".to_owned()),
     }
 }

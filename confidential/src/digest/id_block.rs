@@ -99,6 +99,11 @@ pub struct IdAuthentication {
 }
 
 impl IdBlock {
+    /// The bytes of a file.
+    pub fn from_bytes(bytes: &[u8; 96]) -> Self {
+        zerocopy::transmute!(*bytes)
+    }
+
     /// The ID block that an image has, for a launch with `policy`.
     pub const fn of_image(block: &SnpIdBlock, policy: u64) -> Self {
         Self {
@@ -113,6 +118,11 @@ impl IdBlock {
 }
 
 impl IdAuthentication {
+    /// The bytes of a file.
+    pub fn from_bytes(bytes: &[u8; 4096]) -> Self {
+        zerocopy::transmute!(*bytes)
+    }
+
     /// The authentication of the ID block that an image has.
     pub fn of_image(block: &SnpIdBlock) -> Self {
         let mut authentication = Self {

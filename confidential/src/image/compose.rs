@@ -358,7 +358,8 @@ fn platforms(options: &Options) -> Result<Vec<PlatformInfo>, ComposeError> {
     if chosen.is_empty() { Err(ComposeError::NoPlatform) } else { Ok(chosen) }
 }
 
-fn check_snp_policy(value: u64) -> Result<(), ComposeError> {
+/// Refuses an SNP policy that no launch on KVM can have.
+pub(crate) fn check_snp_policy(value: u64) -> Result<(), ComposeError> {
     /// Bit 17 is reserved, and 1.
     const ONE: u64 = 1 << 17;
     /// Bit 18: a migration agent, which KVM does not have.

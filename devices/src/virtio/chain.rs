@@ -25,6 +25,7 @@
 //! ```
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use thiserror::Error;
@@ -34,6 +35,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
 };
+
+use super::SharedPages;
 
 /// Bytes of one descriptor.
 const DESCRIPTOR_SIZE: u32 = 16;
@@ -113,6 +116,14 @@ pub enum ChainError {
         /// Length, bytes.
         length: u64,
     },
+    /// A range that the guest does not share.
+    #[error("{length:#x} bytes at {address:#x} are private to the guest")]
+    Private {
+        /// Guest-physical address.
+        address: u64,
+        /// Length, bytes.
+        length: u64,
+    },
     /// A request that does not have the bytes it should have.
     #[error("chain has no {length} bytes at offset {offset}")]
     Short {
@@ -143,6 +154,8 @@ pub struct Chain {
     pub writable: Vec<Segment>,
     /// Whether `INDIRECT_DESC` was negotiated.
     indirect: bool,
+    /// What of memory the guest shares; all, if nobody tells.
+    shared: Option<Arc<dyn SharedPages>>,
 }
 
 /// Where the descriptors of a walk lie.
@@ -157,7 +170,12 @@ impl Chain {
     /// An empty chain for queues with the negotiated `features`.
     pub fn new(features: u64) -> Self {
         let indirect = features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0;
-        Self { head: 0, readable: Vec::new(), writable: Vec::new(), indirect }
+        Self { head: 0, readable: Vec::new(), writable: Vec::new(), indirect, shared: None }
+    }
+
+    /// The same for memory of which the guest shares only some.
+    pub fn within(self, shared: Option<Arc<dyn SharedPages>>) -> Self {
+        Self { shared, ..self }
     }
 
     /// Reads the next available chain of `queue`: `Ok(false)` if there is none, or the queue is not ready. On
@@ -165,10 +183,33 @@ impl Chain {
     pub fn pop(&mut self, queue: &mut Queue, memory: &GuestMemoryMmap) -> Result<bool, ChainError> {
         self.readable.clear();
         self.writable.clear();
+        self.check_rings(queue)?;
         let Some(head) = next_head(queue, memory)? else { return Ok(false) };
         self.head = head;
         self.walk(queue, memory)?;
         Ok(true)
+    }
+
+    /// Checks that the guest shares all of the queue.
+    fn check_rings(&self, queue: &Queue) -> Result<(), ChainError> {
+        if self.shared.is_none() || !queue.ready() {
+            return Ok(());
+        }
+        // Before and behind the entries of the rings are three fields of two bytes.
+        let size = u64::from(queue.size());
+        let ring = |entry: u64| size.saturating_mul(entry).saturating_add(6);
+        self.check_shared(queue.desc_table(), size.saturating_mul(u64::from(DESCRIPTOR_SIZE)))?;
+        self.check_shared(queue.avail_ring(), ring(2))?;
+        self.check_shared(queue.used_ring(), ring(8))
+    }
+
+    fn check_shared(&self, address: u64, length: u64) -> Result<(), ChainError> {
+        match &self.shared {
+            Some(shared) if !shared.is_shared(address, length) => {
+                Err(ChainError::Private { address, length })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Follows the chain from `self.head` through the queue's table and an indirect one.
@@ -191,6 +232,7 @@ impl Chain {
                 }
                 // The limit is the device's queue size; the driver may have chosen a smaller one (2.7.5.3.1).
                 table = Table::indirect(index, &descriptor, queue.max_size())?;
+                self.check_shared(table.address.raw_value(), descriptor.len().into())?;
                 (index, room, in_indirect) = (0, table.size, true);
                 continue;
             }
@@ -217,6 +259,7 @@ impl Chain {
         if length == 0 {
             return Err(ChainError::Empty { index });
         }
+        self.check_shared(address.raw_value(), length.into())?;
         let segments = if descriptor.is_write_only() {
             &mut self.writable
         } else if self.writable.is_empty() {

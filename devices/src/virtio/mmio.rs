@@ -22,8 +22,12 @@ use event_manager::{EventOps, EventSet, EventSubscriber, Events};
 use tracing::{error, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::registers::{QueueRegisters, Registers, TRANSPORT_FEATURES, set_high, set_low, status_step};
-use super::{DEVICE_EVENTS, Driver, Memory, TransportMetrics, VirtioDevice, VirtioInterrupt, status};
+use super::registers::{
+    PRIVATE_MEMORY_FEATURES, QueueRegisters, Registers, TRANSPORT_FEATURES, set_high, set_low, status_step,
+};
+use super::{
+    DEVICE_EVENTS, Driver, Memory, SharedPages, TransportMetrics, VirtioDevice, VirtioInterrupt, status,
+};
 use crate::bus::BusDevice;
 use crate::interrupt::InterruptLine;
 use crate::tally::Tally;
@@ -69,6 +73,7 @@ const VENDOR: u32 = 0x4D44_4643;
 pub struct MmioTransport {
     device_type: u32,
     memory: Memory,
+    shared: Option<Arc<dyn SharedPages>>,
     interrupt: Arc<VirtioInterrupt>,
     queue_events: Vec<EventFd>,
     /// Lines about writes that broke the rules.
@@ -87,10 +92,11 @@ struct State {
 }
 
 impl MmioTransport {
-    /// A device on `line` that works on `memory`.
+    /// A device on `line` that works on `memory`, or on what of it is `shared`.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Memory,
+        shared: Option<Arc<dyn SharedPages>>,
         line: Arc<dyn InterruptLine>,
     ) -> io::Result<Self> {
         let sizes = device.queue_sizes();
@@ -99,10 +105,12 @@ impl MmioTransport {
         }
         let queue_events =
             sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).collect::<io::Result<_>>()?;
-        let registers = Registers::new(device.features() | TRANSPORT_FEATURES, sizes);
+        let private = if shared.is_some() { PRIVATE_MEMORY_FEATURES } else { 0 };
+        let registers = Registers::new(device.features() | TRANSPORT_FEATURES | private, sizes);
         Ok(Self {
             device_type: device.device_type(),
             memory,
+            shared,
             interrupt: Arc::new(VirtioInterrupt::new(line)),
             queue_events,
             ignored: Tally::default(),
@@ -265,6 +273,7 @@ impl MmioTransport {
         };
         let driver = Driver {
             memory: self.memory.clone(),
+            shared: self.shared.clone(),
             queues,
             features: state.registers.features(),
             interrupt: self.interrupt.clone(),

@@ -39,6 +39,13 @@ use crate::tally::Tally;
 /// The memory that a device may touch: on a confidential platform only the shared side.
 pub type Memory = Arc<GuestMemoryMmap>;
 
+/// Tells which memory a guest shares with devices, where that is not all. The memory of others reads as zeroes here, and
+/// what is written there is lost: a driver that offers it is broken, and is told so.
+pub trait SharedPages: Send + Sync {
+    /// Whether `length` bytes at the guest-physical address `address` are shared, all of them.
+    fn is_shared(&self, address: u64, length: u64) -> bool;
+}
+
 /// Device status bits (virtio 1.2, 2.1).
 pub mod status {
     /// The guest has noticed the device.
@@ -155,6 +162,8 @@ impl VirtioInterrupt {
 pub struct Driver {
     /// Guest memory.
     pub memory: Memory,
+    /// What of it the guest shares; all, if nobody tells.
+    pub shared: Option<Arc<dyn SharedPages>>,
     /// The live queues, by index; each was checked against guest memory.
     pub queues: Vec<Queue>,
     /// The negotiated features.
@@ -186,7 +195,8 @@ pub trait VirtioDevice: Any + Send {
     fn device_type(&self) -> u32;
     /// Largest size of each queue; their number is the device's number of queues.
     fn queue_sizes(&self) -> &[u16];
-    /// Device-specific feature bits. The transport adds `VERSION_1`, `EVENT_IDX` and `INDIRECT_DESC`.
+    /// Device-specific feature bits. The transport adds `VERSION_1`, `EVENT_IDX`,
+    /// `INDIRECT_DESC` and, where some memory is private, `ACCESS_PLATFORM`.
     fn features(&self) -> u64;
     /// Reads the configuration space. `data` comes zeroed; bytes beyond the space stay zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);

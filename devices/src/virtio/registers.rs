@@ -11,7 +11,7 @@
 //! queues set up between `FEATURES_OK` and `DRIVER_OK` (virtio 1.2, 3.1.1).
 
 use thiserror::Error;
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -21,6 +21,10 @@ use super::status;
 /// What every device offers besides its own features.
 pub const TRANSPORT_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// What every device offers, and a driver must accept, where the guest shares only some of its memory: the driver is to
+/// use addresses as the platform has them, which means memory that is shared.
+pub const PRIVATE_MEMORY_FEATURES: u64 = 1 << VIRTIO_F_ACCESS_PLATFORM;
 
 /// All status bits that a driver may set.
 const DRIVER_BITS: u32 =
@@ -169,9 +173,11 @@ impl Registers {
         true
     }
 
-    /// Whether the driver's features can be accepted: all were offered, and `VERSION_1` is among them.
+    /// Whether the driver's features can be accepted: all were offered, and `VERSION_1` is among them, and `ACCESS_PLATFORM`
+    /// if it was offered (virtio 1.2, 6.2: a device may insist on it).
     pub fn features_acceptable(&self) -> bool {
-        self.driver_features & !self.offered == 0 && self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0
+        let needed = 1 << VIRTIO_F_VERSION_1 | self.offered & PRIVATE_MEMORY_FEATURES;
+        self.driver_features & !self.offered == 0 && self.driver_features & needed == needed
     }
 
     /// The negotiated features.

@@ -175,7 +175,7 @@ fn run_time() -> RunTime {
     };
     let drive = Block::new(BlockFile::open(drive).unwrap()).unwrap();
     let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap());
-    let drive = MmioTransport::new(Box::new(drive), memory, Arc::new(Line)).unwrap();
+    let drive = MmioTransport::new(Box::new(drive), memory, None, Arc::new(Line)).unwrap();
     RunTime {
         identity: Default::default(),
         file_hash: Arc::new(crate::image::FileHash::none()),

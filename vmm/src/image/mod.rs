@@ -132,18 +132,26 @@ impl Image {
         }
     }
 
-    /// Checks what the first stage will be told of a domain of `platform`, as it will.
-    pub fn check(&mut self, platform: ImagePlatform, parameters: &Parameters) -> Result<(), ImageError> {
+    /// Checks what the first stage will be told of a domain of `platform`, as it will. Returns it: host data that the image
+    /// does not want are for attestation reports only, where there are some.
+    pub fn check(
+        &mut self,
+        platform: ImagePlatform,
+        mut parameters: Parameters,
+    ) -> Result<Parameters, ImageError> {
         if let Files::Image { file, .. } = &self.source {
             let mut finder = ManifestFinder::new();
             self.walk(platform, &mut finder).map_err(|error| self.refusal(error))?;
             let failed = |error| ImageError::Manifest { path: file.path().to_owned(), error };
             self.manifest = finder.manifest().map_err(failed)?;
         }
-        match &self.manifest {
-            Some(manifest) => parameters.check(manifest).map_err(ImageError::Parameters),
-            None => Ok(()),
+        if let Some(manifest) = &self.manifest {
+            if !manifest.host_data && platform == ImagePlatform::Snp {
+                parameters.host_data = [0; 32];
+            }
+            parameters.check(manifest).map_err(ImageError::Parameters)?;
         }
+        Ok(parameters)
     }
 
     /// Checks that an image file can be opened, and keeps nothing of it.

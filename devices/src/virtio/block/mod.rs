@@ -499,7 +499,7 @@ impl VirtioDevice for Block {
             memory: driver.memory,
             queue: queue.ok_or(ActivateError::QueueNotReady(0))?,
             interrupt: driver.interrupt,
-            chain: Chain::new(driver.features),
+            chain: Chain::new(driver.features).within(driver.shared.clone()),
             write_through: self.limits.flush && driver.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
             answered: false,
         });

@@ -346,3 +346,37 @@ proptest! {
         }
     }
 }
+
+/// The guest shares what is below an address.
+struct Below(u64);
+
+impl SharedPages for Below {
+    fn is_shared(&self, address: u64, length: u64) -> bool {
+        address + length <= self.0
+    }
+}
+
+#[test]
+fn private_memory_is_never_used() {
+    let rig = |shared| {
+        let mut rig = Rig::new();
+        rig.chain = Chain::new(FEATURES).within(Some(Arc::new(Below(shared))));
+        rig
+    };
+    let private = |address, length| Err(ChainError::Private { address, length });
+    let mut buffers = rig(0x9000);
+    assert_eq!(buffers.pop_one(&[(0x8000, 0x1000, false)]), Ok(true));
+    assert_eq!(buffers.pop_one(&[(0x8000, 1, false), (0x8fff, 2, true)]), private(0x8fff, 2));
+
+    let mut table = rig(0x9000);
+    table.memory.write_obj([0_u8; 16], GuestAddress(0xA000)).unwrap();
+    table.ring.describe(0, 0xA000, 16, INDIRECT, 0);
+    table.ring.offer(0);
+    assert_eq!(table.pop(), private(0xA000, 16));
+
+    // The rings lie behind the descriptor table, in an order of their own.
+    let mut rings = rig(0x1000 + 16 * u64::from(SIZE));
+    assert!(matches!(rings.pop_one(&[(0x80, 1, false)]), Err(ChainError::Private { .. })));
+    let mut descriptors = rig(0x1000);
+    assert_eq!(descriptors.pop(), private(0x1000, 16 * u64::from(SIZE)));
+}

@@ -105,7 +105,7 @@ impl Rig {
         let line = Arc::new(Line::default());
         let own_event = EventFd::new(EFD_NONBLOCK).unwrap();
         let device = Fake { seen: seen.clone(), own_event: own_event.try_clone().unwrap() };
-        let transport = Arc::new(MmioTransport::new(Box::new(device), memory, line.clone()).unwrap());
+        let transport = Arc::new(MmioTransport::new(Box::new(device), memory, None, line.clone()).unwrap());
         let mut manager = EventManager::<Arc<dyn EventSubscriber>>::new().unwrap();
         manager.add_subscriber(transport.clone());
         Self { transport, seen, line, own_event, ring, manager }
@@ -535,7 +535,8 @@ fn impossible_devices_are_refused() {
         fn event(&mut self, _: Events, _: &mut EventOps) {}
     }
     for sizes in [vec![0], vec![8, 7], vec![1; 257]] {
-        let new = MmioTransport::new(Box::new(Bad(sizes)), memory(&[(0, 0x1000)]), Arc::new(Line::default()));
+        let new =
+            MmioTransport::new(Box::new(Bad(sizes)), memory(&[(0, 0x1000)]), None, Arc::new(Line::default()));
         assert_eq!(new.err().unwrap().kind(), io::ErrorKind::InvalidInput);
     }
 }
@@ -607,4 +608,30 @@ proptest! {
             }
         }
     }
+}
+
+struct NothingShared;
+
+impl SharedPages for NothingShared {
+    fn is_shared(&self, _address: u64, _length: u64) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_driver_must_know_that_memory_is_private() {
+    use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
+    let accepted = |shared: Option<Arc<dyn SharedPages>>, features: u64| {
+        let mut rig = Rig::new();
+        let device = Fake { seen: rig.seen.clone(), own_event: rig.own_event.try_clone().unwrap() };
+        let memory = memory(&[(0, 0x1_0000)]);
+        let transport = MmioTransport::new(Box::new(device), memory, shared, rig.line.clone()).unwrap();
+        rig.transport = Arc::new(transport);
+        rig.negotiate(features);
+        rig.get(STATUS) & status::FEATURES_OK != 0
+    };
+    let (old, new) = (1 << VIRTIO_F_VERSION_1, 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ACCESS_PLATFORM);
+    let private = || Some(Arc::new(NothingShared) as _);
+    assert!(accepted(private(), new) && !accepted(private(), old));
+    assert!(accepted(None, old) && !accepted(None, new), "where all is shared it is not even offered");
 }

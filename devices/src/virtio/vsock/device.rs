@@ -245,8 +245,8 @@ impl VirtioDevice for Vsock {
             memory: driver.memory,
             queues: driver.queues,
             interrupt: driver.interrupt,
-            transmitted: Chain::new(driver.features),
-            buffer: Chain::new(driver.features),
+            transmitted: Chain::new(driver.features).within(driver.shared.clone()),
+            buffer: Chain::new(driver.features).within(driver.shared.clone()),
             has_buffer: false,
         });
         self.muxer.open();

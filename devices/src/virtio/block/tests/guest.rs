@@ -108,6 +108,7 @@ impl Guest {
         (self.next_descriptor, self.available, self.seen) = (0, 0, 0);
         self.interrupt.status.store(status::DRIVER_OK, Ordering::SeqCst);
         let driver = Driver {
+            shared: None,
             memory: self.memory.clone(),
             queues: vec![queue],
             features: features | 1 << VIRTIO_RING_F_INDIRECT_DESC,

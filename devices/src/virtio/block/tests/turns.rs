@@ -235,7 +235,7 @@ fn a_queue_that_is_not_ready_is_refused() {
     let guest = Guest::new(options(&image(512), Engine::Sync));
     for queues in [vec![], vec![Queue::new(QUEUE_SIZE).unwrap()]] {
         let (memory, interrupt) = (guest.memory.clone(), guest.interrupt.clone());
-        let result = device.activate(Driver { memory, queues, features: 0, interrupt });
+        let result = device.activate(Driver { memory, shared: None, queues, features: 0, interrupt });
         assert!(matches!(result, Err(ActivateError::QueueNotReady(0))));
     }
 }

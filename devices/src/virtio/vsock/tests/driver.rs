@@ -90,7 +90,7 @@ impl Driver {
         let queues =
             vec![self.rx.queue(true), self.tx.queue(true), Ring::new(&self.memory, 0x6000, 256).queue(true)];
         let (memory, interrupt) = (self.memory.clone(), self.interrupt.clone());
-        self.device.activate(Live { memory, queues, features: 0, interrupt }).unwrap();
+        self.device.activate(Live { memory, shared: None, queues, features: 0, interrupt }).unwrap();
     }
 
     /// Path of the device's socket.
