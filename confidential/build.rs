@@ -2,7 +2,8 @@
 //! much memory it takes.
 //!
 //! The compiler is called directly. What is measured must not depend on how the rest is built: on the flags, the
-//! profile or the target directory of the cargo that runs this.
+//! profile or the target directory of the cargo that runs this. It does depend on the compiler's version, which
+//! rust-toolchain.toml names.
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -29,6 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("cargo::rerun-if-changed={}", firmware.join(source).display());
     }
 
+    check_compiler(&variable("RUSTC")?, &firmware.with_file_name("rust-toolchain.toml"))?;
     let rustc = Rustc { program: variable("RUSTC")?, firmware, out: out.clone() };
     rustc.run("cofferdam_firmware", "rlib", "src/lib.rs", &["-Cembed-bitcode=yes"])?;
     let script = format!("-Clink-arg=--script={}", rustc.firmware.join("stage/link.ld").display());
@@ -51,6 +53,23 @@ fn main() -> Result<(), Box<dyn Error>> {
     let summary = check_budget(stage.content.len() as u64, stage.memory)?;
     fs::write(out.join("stage-pages"), format!("{summary}\n"))?;
     println!("{summary}");
+    Ok(())
+}
+
+/// Warns if the compiler is not that of everybody else, as images and launch digests are not either then.
+fn check_compiler(rustc: &OsString, toolchain: &Path) -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed={}", toolchain.display());
+    let toolchain = fs::read_to_string(toolchain)?;
+    let channel = toolchain.lines().find_map(|line| line.strip_prefix("channel = \"")?.strip_suffix('"'));
+    let channel = channel.ok_or("rust-toolchain.toml names no channel")?;
+    let version = Command::new(rustc).arg("--version").output()?.stdout;
+    let version = String::from_utf8_lossy(&version);
+    if version.split(' ').nth(1) != Some(channel) {
+        println!(
+            "cargo::warning=the first stage is built by {}, not by {channel}: launch digests will differ",
+            version.trim()
+        );
+    }
     Ok(())
 }
 

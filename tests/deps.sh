@@ -3,6 +3,7 @@
 # as far as it is missing, and says what it does. Kernels, busybox and firmware
 # for the tests are not installed: `cargo xtask assets` fetches them into a cache.
 set -eu
+cd "$(dirname "$0")/.."
 
 # A C toolchain to link with; tools of the tests; what other people's launch digests, which tests
 # compare ours with, are computed with; what makes the emulated secure processor's certificates, and
@@ -11,7 +12,10 @@ packages="gcc libc6-dev make git ca-certificates debian-archive-keyring
     xz-utils zstd e2fsprogs util-linux acpica-tools curl cryptsetup-bin erofs-utils strace
     libssl-dev pkg-config python3-venv
     openssl libglib2.0-0 libpixman-1-0 libnettle8 libhogweed6 libgmp10 libssl3 zlib1g"
-targets="x86_64-unknown-linux-musl x86_64-unknown-none"
+# The toolchain, with its targets, is that of rust-toolchain.toml.
+field() { sed -n "s/^$1 = //p" rust-toolchain.toml | tr -d '[]",'; }
+toolchain=$(field channel)
+targets=$(field targets)
 
 missing=
 for package in $packages; do
@@ -36,6 +40,10 @@ if [ -n "$missing" ]; then
 fi
 
 if command -v rustup >/dev/null; then
+    if ! rustup run "$toolchain" rustc --version >/dev/null 2>&1; then
+        echo "deps: rustup toolchain install $toolchain"
+        rustup toolchain install
+    fi
     installed=$(rustup target list --installed)
     for target in $targets; do
         if ! echo "$installed" | grep -qx "$target"; then
@@ -44,7 +52,7 @@ if command -v rustup >/dev/null; then
         fi
     done
 elif ! command -v cargo >/dev/null; then
-    echo "deps: no Rust toolchain; install rustup, then the targets $targets" >&2
+    echo "deps: no Rust toolchain; install rustup, or Rust $toolchain with the targets $targets" >&2
     exit 1
 fi
 if ! command -v cargo-deny >/dev/null; then
