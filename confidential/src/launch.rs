@@ -47,7 +47,8 @@ pub struct Launched {
     pub memory: Arc<GuestMemoryMmap>,
     /// Its private memory, where the platform has such.
     pub private: Option<Arc<PrivateMemory>>,
-    platform: status::Platform,
+    /// Its device stays open: KVM sends a guest's requests to the secure processor by the descriptor of the launch.
+    platform: Box<dyn Platform>,
     sealed: Sealed,
 }
 
@@ -162,7 +163,7 @@ impl Launch<WithVcpus> {
             vcpus: self.state.vcpus,
             memory: shared,
             private,
-            platform: self.platform.kind(),
+            platform: self.platform,
             sealed,
         })
     }
@@ -188,7 +189,7 @@ impl<S> Launch<S> {
 impl Launched {
     /// The platform that the domain was launched on.
     pub fn platform(&self) -> status::Platform {
-        self.platform
+        self.platform.kind()
     }
 
     /// What the platform sealed.
