@@ -375,6 +375,16 @@ fn a_protected_domain_accepts_what_its_kernel_needs_to_start() {
     assert_eq!(model.at(COMMAND_LINE, 57), b"swiotlb=4096 efi=noruntime kernelcore=54M console=ttyS0\0\0");
 }
 
+/// It ends with the RAM, in a unit that is not the kernel's.
+#[test]
+fn a_protected_domain_accepts_the_place_of_its_initrd() {
+    let initrd = [0x44; 5000];
+    let mut model = protected(manifest(&bz_image(), &initrd, b""), 64 * MIB, &initrd, b"");
+    prepare(&mut model).unwrap();
+    assert_eq!(model.accepted.as_ref().unwrap().last(), Some(&(62 * MIB..64 * MIB)));
+    assert_eq!(units_left(&model), (1..7).chain(10..31).collect::<Vec<_>>());
+}
+
 #[test]
 fn a_protected_domain_accepts_all_memory_if_its_kernel_cannot() {
     let line = b"console=ttyS0";
