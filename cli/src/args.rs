@@ -221,7 +221,7 @@ pub struct RunArgs {
     /// The initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line, at most 2048 bytes [default: "console=ttyS0 reboot=a panic=-1 pci=off"]
+    /// The kernel's command line, at most 2048 bytes, 64 less in an image [default: "console=ttyS0 reboot=a panic=-1 pci=off"]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
     /// An image (IGVM) with kernel, initrd and command line, in place of these

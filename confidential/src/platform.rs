@@ -10,7 +10,7 @@ use vm_memory::{FileOffset, GuestMemoryMmap};
 use crate::digest::Sha384Digest;
 use crate::digest::vmsa::VmsaError;
 use crate::image::importer::{ImagePlatform, PageKind, PlatformInfo, SnpIdBlock, VcpuContext};
-use crate::private_memory::PrivateMemory;
+use crate::private_memory::{ConversionError, PrivateMemory};
 use crate::snp::command::CommandError;
 
 /// A step of a launch that was refused.
@@ -56,6 +56,9 @@ pub enum LaunchError {
         /// What cannot be.
         source: VmsaError,
     },
+    /// Memory of the image's pages could not be made private.
+    #[error(transparent)]
+    Conversion(#[from] ConversionError),
     /// The image has something that the platform does not have.
     #[error("{0}")]
     Unsupported(String),
@@ -78,9 +81,14 @@ impl LaunchError {
     /// Whether the image is wrong, and nobody was asked.
     pub fn is_of_image(&self) -> bool {
         match self {
-            Self::Registers { .. } | Self::Unsupported(_) => true,
+            Self::Registers { .. }
+            | Self::Unsupported(_)
+            | Self::Conversion(ConversionError::Range { .. }) => true,
             Self::Item { source, .. } => source.is_of_image(),
-            Self::Call { .. } | Self::Command { .. } | Self::Cpuid { .. } => false,
+            Self::Call { .. }
+            | Self::Command { .. }
+            | Self::Cpuid { .. }
+            | Self::Conversion(ConversionError::Host { .. }) => false,
         }
     }
 }
@@ -178,4 +186,19 @@ pub trait Platform: Send {
 
     /// Seals the launch, after the last page and the last register are set.
     fn finish(&mut self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<Sealed, LaunchError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn what_the_host_refuses_is_not_the_images_fault() {
+        let (gpa, length) = (0x1000, 0x2000);
+        let host = ConversionError::Host { call: "C", gpa, length, source: io::Error::from_raw_os_error(12) };
+        assert!(!LaunchError::from(host).is_of_image());
+        assert!(LaunchError::from(ConversionError::Range { gpa, length }).is_of_image());
+    }
 }

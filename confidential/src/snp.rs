@@ -262,9 +262,7 @@ impl Platform for Snp {
         pages: &LaunchPages<'_>,
     ) -> Result<(), LaunchError> {
         let length = pages.pages.saturating_mul(PAGE_SIZE);
-        self.private()?
-            .convert(vm, pages.gpa, length, Side::Private, |_| true)
-            .map_err(|error| LaunchError::Unsupported(error.to_string()))?;
+        self.private()?.convert(vm, pages.gpa, length, Side::Private, |_| true)?;
         let mut bytes = pages.bytes;
         let (mut gpa, mut left) = (pages.gpa, pages.pages);
         while left != 0 {
