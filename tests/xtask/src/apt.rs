@@ -185,11 +185,20 @@ impl Apt {
         let downloads =
             tempfile::tempdir_in(directory).map_err(Error::file("create a directory in", directory))?;
         tool::run(self.command("apt-get").args(["-qq", "download", package]).current_dir(downloads.path()))?;
-        for entry in fs::read_dir(downloads.path()).map_err(Error::file("read", downloads.path()))? {
-            let path = entry.map_err(Error::file("read", downloads.path()))?.path();
-            tool::run(Command::new("dpkg-deb").arg("-x").arg(path).arg(directory))?;
-        }
-        Ok(())
+        unpack_all(downloads.path(), directory)
+    }
+
+    /// Downloads `packages` and all that they depend on, the C library included, and unpacks their files below `directory`.
+    pub fn unpack_with_dependencies(&self, packages: &[&str], directory: &Path) -> Result<(), Error> {
+        tool::progress(format_args!("fetching {} and what they depend on", packages.join(" ")));
+        let downloads =
+            tempfile::tempdir_in(directory).map_err(Error::file("create a directory in", directory))?;
+        let archives = format!("Dir::Cache::archives={}", downloads.path().display());
+        fs::create_dir(downloads.path().join("partial")).map_err(Error::file("create", downloads.path()))?;
+        let mut command = self.command("apt-get");
+        command.args(["-o", &archives, "-qq", "-y", "--no-install-recommends", "--download-only", "install"]);
+        tool::run(command.args(packages))?;
+        unpack_all(downloads.path(), directory)
     }
 
     /// Downloads the source package `package` (`NAME=VERSION`) into `directory`.
@@ -199,6 +208,17 @@ impl Apt {
         tool::run(command.args(["-qq", "source", "--download-only", package]).current_dir(directory))?;
         Ok(())
     }
+}
+
+/// Unpacks all packages in `downloads` below `directory`.
+fn unpack_all(downloads: &Path, directory: &Path) -> Result<(), Error> {
+    for entry in fs::read_dir(downloads).map_err(Error::file("read", downloads))? {
+        let path = entry.map_err(Error::file("read", downloads))?.path();
+        if path.extension().is_some_and(|extension| extension == "deb") {
+            tool::run(Command::new("dpkg-deb").arg("-x").arg(path).arg(directory))?;
+        }
+    }
+    Ok(())
 }
 
 fn source_line(line: &str, mirrors: &Mirrors) -> String {

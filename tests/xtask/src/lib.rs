@@ -26,6 +26,7 @@ pub mod kernel;
 pub mod linux;
 pub mod machine;
 pub mod modules;
+pub mod ovmf;
 pub mod peer;
 pub mod rig;
 pub mod seccomp;

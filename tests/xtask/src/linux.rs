@@ -12,6 +12,7 @@ use crate::Error;
 use crate::assets::{self, Assets, GUEST_MODULES, SnpAssets};
 use crate::initramfs::InitramfsBuilder;
 use crate::modules::ModuleTree;
+use crate::ovmf;
 use crate::rig::{self, Request, RigError, Snp};
 use crate::tool::{self, progress};
 
@@ -75,7 +76,8 @@ pub fn tests(tier: Tier, selection: &Selection) -> Result<u8, RigError> {
     command.extend(selection.filter.iter().map(OsString::from));
     let timeout = if selection.long { LONG_TIMEOUT } else { TIER_TIMEOUT };
     let request = Request { log: selection.log.clone(), ..Request::new(command, timeout) };
-    run(&assets, tier, request)
+    let peer = (selection.long && tier == Tier::Snp).then(ovmf::Peer::fetch).transpose()?;
+    run(&assets, peer.as_ref(), tier, request)
 }
 
 /// Boots a Debian guest that prints its kernel's version and a file from its disk. Returns the exit status of
@@ -105,12 +107,14 @@ pub fn demo() -> Result<u8, RigError> {
     ];
     let words: Vec<String> = command.iter().map(|word| tool::quote(word)).collect();
     progress(format_args!("the command, as you would type it: {}", words.join(" ")));
-    run(&assets, Tier::Domain, Request::new(command, DEMO_TIMEOUT))
+    run(&assets, None, Tier::Domain, Request::new(command, DEMO_TIMEOUT))
 }
 
 /// Runs a command that boots the guests of `tier`, where they run.
-fn run(assets: &Assets, tier: Tier, mut request: Request) -> Result<u8, RigError> {
-    let handed_on = (assets::ENVIRONMENT.into(), serde_json::json!(assets).to_string().into());
+fn run(assets: &Assets, peer: Option<&ovmf::Peer>, tier: Tier, mut request: Request) -> Result<u8, RigError> {
+    let assets_text = serde_json::json!(assets).to_string();
+    let mut handed_on: Vec<(OsString, OsString)> = vec![(assets::ENVIRONMENT.into(), assets_text.into())];
+    handed_on.extend(peer.map(|peer| (ovmf::ENVIRONMENT.into(), peer.root().into())));
     if tier.runs_here() {
         progress("running on this machine's own KVM");
         return Ok(directly(&request.command, handed_on)?);
@@ -120,18 +124,18 @@ fn run(assets: &Assets, tier: Tier, mut request: Request) -> Result<u8, RigError
         Tier::Snp => "SEV-SNP",
     };
     progress(format_args!("this machine offers no {what}: running in the rig, an emulated one (slow)"));
-    request.environment.push(handed_on);
+    request.environment.extend(handed_on);
     if tier == Tier::Snp {
         request.snp = Some(Snp { assets: SnpAssets::fetch()?, trace: 1 });
     }
     rig::run(assets, &request, &mut io::stdout(), &mut io::stderr())
 }
 
-fn directly(command: &[OsString], (name, value): (OsString, OsString)) -> Result<u8, Error> {
+fn directly(command: &[OsString], environment: Vec<(OsString, OsString)>) -> Result<u8, Error> {
     let Some((program, arguments)) = command.split_first() else { return Ok(0) };
     let status = Command::new(program)
         .args(arguments)
-        .env(name, value)
+        .envs(environment)
         .status()
         .map_err(|source| Error::Start { program: program.to_string_lossy().into_owned(), source })?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
