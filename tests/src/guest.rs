@@ -14,7 +14,7 @@ const INIT: &[u8] = include_bytes!("guest-init");
 /// What gets an attestation report, and the ciphers that its messages are in. They are for a protected guest only, and go
 /// to `/snp`.
 const SNP_MODULES: [&str; 3] = ["ghash_generic", "gcm", "sev_guest"];
-const APPLETS: [&str; 25] = [
+const APPLETS: [&str; 27] = [
     "sh",
     "mount",
     "umount",
@@ -40,6 +40,8 @@ const APPLETS: [&str; 25] = [
     "test",
     "dmesg",
     "grep",
+    "rm",
+    "rmmod",
 ];
 
 /// A directory for one test, with the guest's initial RAM disk in it.

@@ -2,4 +2,11 @@
 //! (`cargo xtask snp-tests`).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 
+mod boot;
+mod devices;
+mod domain;
+mod evidence;
 mod host;
+mod memory;
+mod peer;
+mod tampering;
