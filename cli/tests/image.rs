@@ -177,7 +177,7 @@ fn the_digest_is_reproduced_by_hand() {
 }
 
 #[test]
-fn host_data_are_pinned_where_an_image_takes_them() {
+fn host_data_are_pinned_as_the_launch_sets_them() {
     let kernel = kernel();
     let composed = |host_data| file(&composition(&kernel, &Options { host_data, ..Options::default() }), &[]);
     let (data, zero) = ("5a".repeat(32), "00".repeat(32));
@@ -188,8 +188,8 @@ fn host_data_are_pinned_where_an_image_takes_them() {
     assert_eq!(with.json(&arguments(data.as_str())[..5])["pin"]["host_data"], json!(null));
 
     let without = Folder::with(&composed(false));
-    assert_eq!(without.json(&arguments(zero.as_str()))["pin"]["host_data"], json!(zero));
-    assert_eq!(without.refused(&arguments(data.as_str())), "--host-data: the image takes no host data");
+    assert_eq!(without.json(&arguments(data.as_str()))["pin"]["host_data"], json!(data));
+    assert_eq!(without.json(&arguments(data.as_str())[..5])["pin"]["host_data"], json!(zero));
 }
 
 #[test]

@@ -128,7 +128,7 @@ fn snp(igvm: &Igvm<'_>, vcpus: &[u32], host_data: Option<&[u8; 32]>) -> Result<M
     }
     let mut pin = vec![Pin { name: "policy", value: Some(Value::Flags(policy)), note: "" }];
     pin.extend(id_block_pins(&measurement, &digests)?);
-    pin.push(host_data_pin(manifest.as_ref(), host_data)?);
+    pin.push(host_data_pin(manifest.as_ref(), host_data));
     pin.push(Pin { name: "vmpl", value: Some(Value::Number(0)), note: "" });
     Ok(Measured { digests, hash: HashAlgorithm::Sha384, pin })
 }
@@ -167,18 +167,15 @@ pub fn manifest(igvm: &Igvm<'_>, platform: ImagePlatform) -> Result<Option<Manif
     }
 }
 
-/// What is known of the host data: all zero for an image that takes none.
-fn host_data_pin(manifest: Option<&Manifest>, given: Option<&[u8; 32]>) -> Result<Pin, ImageError> {
-    let takes_none = manifest.is_some_and(|manifest| !manifest.host_data);
-    if takes_none && given.is_some_and(|bytes| *bytes != [0; 32]) {
-        return Err(ImageError::Options("--host-data: the image takes no host data".to_owned()));
-    }
-    let (value, note) = if takes_none {
-        (Some([0; 32].as_slice()), "the image takes none")
-    } else {
-        (given.map(<[u8; 32]>::as_slice), "what the domain is given at its launch")
+/// What is known of the host data, which a launch sets whatever the image says: zero without any.
+fn host_data_pin(manifest: Option<&Manifest>, given: Option<&[u8; 32]>) -> Pin {
+    let wanted = manifest.is_none_or(|manifest| manifest.host_data);
+    let (value, note) = match given {
+        Some(bytes) => (Some(*bytes), "as given"),
+        None if wanted => (None, "what the domain is given at its launch"),
+        None => (Some([0; 32]), "zero unless the domain is given some at its launch"),
     };
-    Ok(Pin { name: "host_data", value: value.map(|bytes| Value::Bytes(bytes.to_vec())), note })
+    Pin { name: "host_data", value: value.map(|bytes| Value::Bytes(bytes.to_vec())), note }
 }
 
 /// What an ID block decides: zeroes without one.
