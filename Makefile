@@ -49,6 +49,8 @@ test-all: lint unit build payloads seccomp-unused ## Every tier, the long tests 
 lint: deps
 	cargo fmt --all --check
 	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
+	# What libFuzzer itself is built with need not be there to check what uses it.
+	CUSTOM_LIBFUZZER_PATH=/none/libfuzzer.a cargo check --quiet --manifest-path tests/fuzz/Cargo.toml --bins
 	cargo clippy --workspace --exclude cofferdam-payloads --exclude cofferdam-stage --all-targets --all-features -- -D warnings
 	cargo clippy -p cofferdam-payloads -p cofferdam-stage --target $(BARE) -- -D warnings
 	cargo deny --log-level error check licenses bans sources

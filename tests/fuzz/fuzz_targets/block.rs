@@ -159,6 +159,7 @@ impl Guest<'_> {
         self.interrupt = Arc::new(VirtioInterrupt::new(Arc::new(Line::default())));
         let event_idx = self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let driver = Driver {
+            shared: None,
             memory: self.memory.clone(),
             queues: vec![self.ring.queue(event_idx)],
             features: self.features,

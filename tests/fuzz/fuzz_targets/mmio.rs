@@ -104,7 +104,7 @@ impl Machine {
         let memory = three_regions();
         let (queues, is_vsock) = (device.queue_sizes().len(), device.device_type() == 19);
         let transport =
-            Arc::new(MmioTransport::new(device, memory.clone(), Arc::new(Line::default())).unwrap());
+            Arc::new(MmioTransport::new(device, memory.clone(), None, Arc::new(Line::default())).unwrap());
         let mut events = EventManager::<Arc<dyn EventSubscriber>>::new().unwrap();
         events.add_subscriber(transport.clone());
         let holders = Arc::strong_count(&memory);

@@ -218,6 +218,7 @@ impl Guest<'_> {
         self.requests.clear();
         self.interrupt = Arc::new(VirtioInterrupt::new(Arc::new(Line::default())));
         let driver = Driver {
+            shared: None,
             memory: self.host.memory.clone(),
             queues: vec![self.rx.queue(self.event_idx), self.tx.queue(self.event_idx)],
             features: 0,
