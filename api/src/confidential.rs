@@ -7,6 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::config::BootMode;
+use crate::hex;
 use crate::validate::ConfigError;
 
 /// How the domain is protected.
@@ -69,18 +70,7 @@ impl FromStr for HostData {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const BAD: &str = "it is 64 hexadecimal digits";
-        let (digits, rest) = text.as_bytes().as_chunks::<2>();
-        if digits.len() != 32 || !rest.is_empty() {
-            return Err(BAD);
-        }
-        let mut bytes = [0; 32];
-        for (byte, pair) in bytes.iter_mut().zip(digits) {
-            let [high, low] = pair.map(|digit| char::from(digit).to_digit(16));
-            // Two digits fit.
-            *byte = (high.ok_or(BAD)? << 4 | low.ok_or(BAD)?) as u8;
-        }
-        Ok(Self(bytes))
+        hex::parse(text).map(Self).ok_or("it is 64 hexadecimal digits")
     }
 }
 
@@ -118,17 +108,12 @@ impl Confidential {
             return conflict("confidential.require_protected", "asks for more than the platform plain");
         }
         if mode == BootMode::Direct {
-            if self.platform == PlatformChoice::Snp {
-                return conflict(
-                    "confidential.platform",
-                    "needs an image: boot_mode image, or an image_path",
-                );
-            }
-            if self.host_data.is_some() {
-                return conflict(
-                    "confidential.host_data",
-                    "needs an image: boot_mode image, or an image_path",
-                );
+            let of_images = [
+                ("confidential.platform", self.platform == PlatformChoice::Snp),
+                ("confidential.host_data", self.host_data.is_some()),
+            ];
+            if let Some((field, _)) = of_images.iter().find(|(_, given)| *given) {
+                return conflict(field, "needs an image: boot_mode image, or an image_path");
             }
         }
         Ok(())

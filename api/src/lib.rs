@@ -32,6 +32,7 @@ pub mod client;
 pub mod confidential;
 pub mod config;
 pub mod draft;
+pub mod hex;
 mod json;
 #[cfg(feature = "server")]
 pub mod metrics;

@@ -15,6 +15,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
+use cofferdam_api::hex;
 use cofferdam_confidential::digest::cca::CcaError;
 use cofferdam_confidential::digest::snp::SnpError;
 use cofferdam_confidential::digest::tdx::TdxError;
@@ -132,17 +133,7 @@ fn write_file(path: &Path, content: &[u8]) -> Result<(), ImageError> {
 
 /// Reads `N` bytes in hexadecimal digits.
 fn parse_hex<const N: usize>(text: &str) -> Result<[u8; N], String> {
-    let bad = || format!("it is {} hexadecimal digits", N.saturating_mul(2));
-    let (digits, rest) = text.as_bytes().as_chunks::<2>();
-    if digits.len() != N || !rest.is_empty() {
-        return Err(bad());
-    }
-    let mut bytes = [0; N];
-    for (byte, [high, low]) in bytes.iter_mut().zip(digits) {
-        let digit = |digit: u8| char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok());
-        *byte = digit(*high).zip(digit(*low)).map(|(high, low)| high << 4 | low).ok_or_else(bad)?;
-    }
-    Ok(bytes)
+    hex::parse(text).ok_or_else(|| format!("it is {} hexadecimal digits", N.saturating_mul(2)))
 }
 
 #[cfg(test)]
