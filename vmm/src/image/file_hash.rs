@@ -3,9 +3,9 @@
 
 use std::sync::{Arc, OnceLock};
 
+use cofferdam_confidential::image::inspect::hex;
 use tracing::warn;
 
-use super::hex;
 use crate::boot::file::ImageFile;
 
 /// The hash of a file, or of none.

@@ -26,6 +26,7 @@ use cofferdam_confidential::digest::tdx::TdxMeasurement;
 use cofferdam_confidential::igvm::reader::{self, Igvm};
 use cofferdam_confidential::image::compose::{Blob, Composition, Options, Source, compose};
 use cofferdam_confidential::image::importer::{ImagePlatform, Importer};
+use cofferdam_confidential::image::inspect::hex;
 use cofferdam_confidential::image::manifest::ManifestFinder;
 use cofferdam_confidential::image::walk::{Selection, WalkError, walk};
 use cofferdam_confidential::launch::{Launch, Populated};
@@ -294,9 +295,4 @@ enum Walked<E> {
     Image(ImageError),
     /// The importer, or one of its items.
     Items(WalkError<E>),
-}
-
-/// Hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
