@@ -39,8 +39,8 @@ pub fn sregs(vmsa: &Vmsa, base: &kvm_sregs) -> kvm_sregs {
     }
 }
 
-/// Bits of the attributes: type 0 to 3, S 4, DPL 5 and 6, P 7, AVL 8, L 9, D/B 10, G 11.
-fn segment(segment: Segment) -> kvm_segment {
+/// A segment as KVM takes it. Bits of the attributes: type 0 to 3, S 4, DPL 5 and 6, P 7, AVL 8, L 9, D/B 10, G 11.
+pub fn segment(segment: Segment) -> kvm_segment {
     let bits = |from: u32, count: u32| (segment.attributes >> from) as u8 & ((1_u8 << count).wrapping_sub(1));
     kvm_segment {
         base: segment.base,

@@ -1,8 +1,9 @@
 //! The registers of vCPUs as an image gives them.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use cofferdam_confidential::digest::vmsa::Vmsa;
+use cofferdam_confidential::digest::vmsa::{self, Vmsa};
 use cofferdam_confidential::image::importer::{DescriptorTable, NativeContext, Segment, VcpuContext};
 use cofferdam_confidential::snp;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
@@ -43,10 +44,7 @@ impl EntryState for ImageVcpus {
     fn regs(&self, index: u8) -> Option<kvm_regs> {
         match self {
             Self::Native(context) => context.as_deref().map(native_regs),
-            Self::Snp(vcpus) => Some(match vcpus.get(&index) {
-                Some(vmsa) => snp::registers::regs(vmsa),
-                None => snp::registers::regs(&Vmsa::reset()),
-            }),
+            Self::Snp(vcpus) => Some(snp::registers::regs(&save_area(vcpus, index))),
         }
     }
 
@@ -54,12 +52,13 @@ impl EntryState for ImageVcpus {
         match self {
             Self::Native(None) => base,
             Self::Native(Some(context)) => native_sregs(context, base),
-            Self::Snp(vcpus) => match vcpus.get(&index) {
-                Some(vmsa) => snp::registers::sregs(vmsa, &base),
-                None => snp::registers::sregs(&Vmsa::reset(), &base),
-            },
+            Self::Snp(vcpus) => snp::registers::sregs(&save_area(vcpus, index), &base),
         }
     }
+}
+
+fn save_area(vcpus: &BTreeMap<u8, Box<Vmsa>>, index: u8) -> Cow<'_, Vmsa> {
+    vcpus.get(&index).map_or_else(|| Cow::Owned(Vmsa::reset()), |vmsa| Cow::Borrowed(&**vmsa))
 }
 
 fn native_regs(context: &NativeContext) -> kvm_regs {
@@ -87,23 +86,14 @@ fn native_sregs(context: &NativeContext, base: kvm_sregs) -> kvm_sregs {
     }
 }
 
-/// Bits of the attributes: type 0 to 3, S 4, DPL 5 and 6, P 7, AVL 12, L 13, D/B 14, G 15.
+/// A descriptor has AVL, L, D/B and G in bits 12 to 15 of the attributes; a save area, right behind the access rights.
 fn segment(segment: &Segment) -> kvm_segment {
-    let bits = |from: u32, count: u32| (segment.attributes >> from) as u8 & ((1_u8 << count).wrapping_sub(1));
-    kvm_segment {
-        base: segment.base.into(),
-        limit: segment.limit,
+    snp::registers::segment(vmsa::Segment {
         selector: segment.selector,
-        type_: bits(0, 4),
-        s: bits(4, 1),
-        dpl: bits(5, 2),
-        present: bits(7, 1),
-        avl: bits(12, 1),
-        l: bits(13, 1),
-        db: bits(14, 1),
-        g: bits(15, 1),
-        ..kvm_segment::default()
-    }
+        attributes: segment.attributes & 0xff | segment.attributes >> 4 & 0xf00,
+        limit: segment.limit,
+        base: segment.base.into(),
+    })
 }
 
 fn table(table: &DescriptorTable) -> kvm_dtable {
