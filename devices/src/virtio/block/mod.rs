@@ -28,6 +28,7 @@ mod buffers;
 mod config;
 mod file;
 mod metrics;
+mod moderation;
 mod operation;
 mod request;
 mod sync;
@@ -55,6 +56,7 @@ pub use self::file::{BlockFile, BlockFileError, BlockOptions, BlockSource, Cache
 pub use self::metrics::BlockMetrics;
 
 use self::config::QUEUE_SIZE;
+use self::moderation::Moderation;
 use self::operation::{Operation, Ticket, Work};
 use self::request::{HEADER_SIZE, Limits, Request};
 use self::timer::Timer;
@@ -150,8 +152,10 @@ struct Live {
     chain: Chain,
     /// Whether the driver relies on every write being durable: it could flush, and does not know how.
     write_through: bool,
-    /// Whether chains were answered of which the driver was not told yet.
-    answered: bool,
+    /// Chains that were answered in this turn.
+    answered: u32,
+    /// When the driver is told of them.
+    moderation: Moderation,
 }
 
 /// What one turn may still do, and when the next is due.
@@ -246,7 +250,8 @@ impl Block {
         if !live.interrupt.is_broken() {
             let mut turn = Turn { chains: TURN_CHAINS, bytes: TURN_BYTES, next: None };
             let result = self.take_chains(&mut live, &mut turn);
-            if let Err(fault) = result.and_then(|()| live.tell()) {
+            let told = result.and_then(|()| self.tell(&mut live, &mut turn));
+            if let Err(fault) = told {
                 self.metrics.event_fails.count();
                 live.interrupt.needs_reset(&fault);
             }
@@ -433,6 +438,26 @@ impl Block {
         Ok(())
     }
 
+    /// Tells the driver of the chains that were given back, unless more are likely to follow soon.
+    fn tell(&self, live: &mut Live, turn: &mut Turn) -> Result<(), Fault> {
+        let answered = std::mem::take(&mut live.answered);
+        if answered == 0 && !live.moderation.holds() {
+            return Ok(());
+        }
+        let now = Instant::now();
+        if answered > 0 {
+            live.moderation.answered(answered, now);
+        }
+        // What else starts the next turn may take its time.
+        let next = turn.next.is_some() || self.uring.as_ref().is_some_and(|uring| uring.in_flight() > 0);
+        if !next && let Some(wait) = live.moderation.wait(now) {
+            turn.next = Some(wait);
+            return Ok(());
+        }
+        live.moderation.told();
+        Ok(used::notify(&mut live.queue, &live.memory, &live.interrupt)?)
+    }
+
     fn set_timer(&self, wait: Option<Duration>) {
         if let Err(error) = self.timer.set(wait)
             && let Some(line) = self.timer_failures.count(&self.metrics.rate_limited_log_count)
@@ -453,15 +478,7 @@ impl Live {
         let written = if written >= ticket.writable { ticket.writable.saturating_add(1) } else { written };
         let written = u32::try_from(written).unwrap_or(u32::MAX);
         used::add(&mut self.queue, &self.memory, ticket.head, written)?;
-        self.answered = true;
-        Ok(())
-    }
-
-    /// Tells the driver of the chains that were given back.
-    fn tell(&mut self) -> Result<(), Fault> {
-        if std::mem::take(&mut self.answered) {
-            used::notify(&mut self.queue, &self.memory, &self.interrupt)?;
-        }
+        self.answered = self.answered.saturating_add(1);
         Ok(())
     }
 }
@@ -501,7 +518,8 @@ impl VirtioDevice for Block {
             interrupt: driver.interrupt,
             chain: Chain::new(driver.features).within(driver.shared.clone()),
             write_through: self.limits.flush && driver.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
-            answered: false,
+            answered: 0,
+            moderation: Moderation::new(Instant::now()),
         });
         Ok(())
     }

@@ -96,7 +96,8 @@ impl Uring {
         !self.dead && self.free.is_empty()
     }
 
-    fn in_flight(&self) -> usize {
+    /// Operations that have not been handed out as finished.
+    pub(super) fn in_flight(&self) -> usize {
         self.slots.len().saturating_sub(self.free.len())
     }
 
