@@ -51,13 +51,9 @@ Examples:
 /// Runs a command. Returns 0, or 125 after saying why not.
 pub fn run(command: &ContainerCommand) -> u8 {
     let ContainerCommand::Build(args) = command;
-    let options = Options {
-        output: &args.output,
-        store: args.store.as_deref(),
-        max_unpacked: args.max_unpacked,
-        command: &args.command,
-    };
-    match build(&args.source, &options) {
+    let options =
+        Options { output: &args.output, store: args.store.as_deref(), max_unpacked: args.max_unpacked };
+    match build(&args.source, &options, &args.command) {
         Ok(summary) => {
             for warning in &summary.warnings.shown {
                 say(Tone::Warning, warning, false);

@@ -1,7 +1,7 @@
 //! From a source to layers in a store and a manifest.
 //!
 //! ```text
-//! DIR/manifest.json
+//! DIR/manifest.json, image.json
 //! DIR/layers            the store's folder, or a symbolic link to it
 //! STORE/layers/<root hash>/layer.erofs, layer.erofs.dmverity
 //! ```
@@ -19,9 +19,10 @@ use cofferdam_container_manifest::{self as manifest, Layer, MAX_LAYERS, Manifest
 use crate::archive::{ArchiveError, read_layer};
 use crate::budget::Budget;
 use crate::digest::{Digest, Hashing};
-use crate::erofs::{ErofsError, Image};
+use crate::erofs::{self, ErofsError};
+use crate::image::{self, Image, replace_file};
 use crate::layer::{Reading, Warnings};
-use crate::process::{self, ProcessError};
+use crate::process::ProcessError;
 use crate::source::{Opened, Packed, Source, SourceError};
 use crate::spool::Spool;
 use crate::tree::Folder;
@@ -67,7 +68,7 @@ pub enum BuildError {
     OtherStore(PathBuf),
 }
 
-/// How to build.
+/// Where to build, and how much.
 #[derive(Debug)]
 pub struct Options<'a> {
     /// The folder of the image.
@@ -76,8 +77,6 @@ pub struct Options<'a> {
     pub store: Option<&'a Path>,
     /// Most bytes of an image when unpacked.
     pub max_unpacked: u64,
-    /// What to run instead of what the image says.
-    pub command: &'a [String],
 }
 
 /// A layer that was built.
@@ -91,6 +90,17 @@ pub struct Built {
     pub reused: bool,
 }
 
+/// An image that was made ready.
+#[derive(Debug)]
+pub struct Ready {
+    /// What is kept of it, in `image.json`.
+    pub image: Image,
+    /// Layers, the lowest first.
+    pub layers: Vec<Built>,
+    /// What was left out.
+    pub warnings: Warnings,
+}
+
 /// What was built.
 #[derive(Debug)]
 pub struct Summary {
@@ -102,11 +112,37 @@ pub struct Summary {
     pub warnings: Warnings,
 }
 
-/// Builds.
+/// Builds layers and a manifest. `command` is what to run instead of what the image says, if it is not empty.
 ///
 /// # Errors
 /// If anything is refused or cannot be written; then there is no manifest.
-pub fn build(source: &Source, options: &Options<'_>) -> Result<Summary, BuildError> {
+pub fn build(source: &Source, options: &Options<'_>, command: &[String]) -> Result<Summary, BuildError> {
+    let ready = make_layers(source, options)?;
+    let bytes = manifest::encode(&ready.image.manifest(command, None)?)?;
+    let Ready { layers, warnings, .. } = ready.written(options)?;
+    let path = options.output.join("manifest.json");
+    replace_file(&path, &bytes).map_err(|source| BuildError::Write { path, source })?;
+    Ok(Summary { layers, digest: Digest::of(&bytes), warnings })
+}
+
+/// Builds layers, and writes down what manifests can be made of.
+///
+/// # Errors
+/// If anything is refused or cannot be written; then there is no `image.json`.
+pub fn make_ready(source: &Source, options: &Options<'_>) -> Result<Ready, BuildError> {
+    make_layers(source, options)?.written(options)
+}
+
+impl Ready {
+    /// Writes its file.
+    fn written(self, options: &Options<'_>) -> Result<Self, BuildError> {
+        let fail = |source| BuildError::Write { path: options.output.join(image::FILE), source };
+        self.image.write(options.output).map_err(fail)?;
+        Ok(self)
+    }
+}
+
+fn make_layers(source: &Source, options: &Options<'_>) -> Result<Ready, BuildError> {
     let opened = source.open()?;
     let store = options.store.unwrap_or(options.output).join("layers");
     make_folder(options.output)?;
@@ -128,11 +164,8 @@ pub fn build(source: &Source, options: &Options<'_>) -> Result<Summary, BuildErr
         salt: Salt(SALT.to_vec()),
         size: layer.written.size,
     });
-    let made = process::manifest(described.collect(), &opened.defaults, options.command, &root, &spool)?;
-    let bytes = manifest::encode(&made)?;
-    let path = options.output.join("manifest.json");
-    replace_file(&path, &bytes).map_err(|source| BuildError::Write { path, source })?;
-    Ok(Summary { layers, digest: Digest::of(&bytes), warnings })
+    let image = Image::new(described.collect(), &opened.defaults, &root, &spool);
+    Ok(Ready { image, layers, warnings })
 }
 
 /// The layers that will be, each with the number of the source's layers in it, and the file system that they make.
@@ -190,7 +223,7 @@ fn read_packed(packed: &Packed, reading: &mut Reading<'_>, spool: &mut Spool) ->
 
 /// Makes the image of a layer, and puts it into the store if that does not have it.
 fn store_layer(tree: &Folder, spool: &Spool, store: &Path) -> Result<(Written, bool), BuildError> {
-    let image = Image::new(tree)?;
+    let image = erofs::Image::new(tree)?;
     let fail = |path: &Path| {
         let path = path.to_owned();
         move |source| BuildError::Write { path, source }
@@ -259,13 +292,4 @@ fn link_store(link: &Path, layers: &Path) -> Result<(), BuildError> {
         }
         result => result.map_err(fail),
     }
-}
-
-/// Writes a file so that readers see the old one or the new one.
-fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let new = path.with_extension(format!("new-{}", std::process::id()));
-    fs::write(&new, bytes)?;
-    fs::rename(&new, path).inspect_err(|_| {
-        let _ = fs::remove_file(&new);
-    })
 }

@@ -17,6 +17,11 @@ impl Digest {
         Self(Sha256::digest(bytes).into())
     }
 
+    /// The digest of what `hash` has taken in.
+    pub(crate) fn finish(hash: Sha256) -> Self {
+        Self(hash.finalize().into())
+    }
+
     /// Its hexadecimal digits.
     pub fn hex(&self) -> String {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -70,7 +75,7 @@ impl<R: Read> Hashing<R> {
     /// If the rest cannot be read.
     pub fn finish(mut self) -> io::Result<(Digest, R)> {
         io::copy(&mut self, &mut io::sink())?;
-        Ok((Digest(self.hash.finalize().into()), self.inner))
+        Ok((Digest::finish(self.hash), self.inner))
     }
 }
 

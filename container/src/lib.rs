@@ -13,6 +13,8 @@ pub mod budget;
 pub mod build;
 pub mod digest;
 pub mod erofs;
+pub mod identity;
+pub mod image;
 pub mod layer;
 pub mod process;
 pub mod source;

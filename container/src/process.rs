@@ -1,10 +1,8 @@
 //! The manifest of an image: what the image says of its process, and little that the host may do.
 
-use cofferdam_container_manifest::{Host, Layer, Manifest, OnVerityFailure, Process, Signal, Stop};
+use cofferdam_container_manifest::{Host, Manifest, OnVerityFailure, Process, Signal, Stop};
 
-use crate::source::Defaults;
-use crate::spool::Spool;
-use crate::tree::{Folder, Kind, Node};
+use crate::image::Image;
 
 /// The search path of an image that has none.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -27,8 +25,6 @@ const CAPABILITIES: [&str; 14] = [
 ];
 /// How long an orderly stop takes at most, in milliseconds.
 const STOP_MS: u64 = 10_000;
-/// Longest /etc/passwd and /etc/group that is read, in bytes.
-const MAX_USERS: u64 = 1 << 20;
 
 /// Why an image has no manifest.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -47,29 +43,50 @@ pub enum ProcessError {
     NoProgram,
 }
 
-/// The manifest of an image with these layers, whose files `root` and `spool` have. `command` replaces the image's own.
-///
-/// # Errors
-/// If something that the image names is not there.
-pub fn manifest(
-    layers: Vec<Layer>,
-    defaults: &Defaults,
-    command: &[String],
-    root: &Folder,
-    spool: &Spool,
-) -> Result<Manifest, ProcessError> {
-    let command = if command.is_empty() { defaults.cmd.as_deref().unwrap_or_default() } else { command };
-    let args = [defaults.entrypoint.as_deref().unwrap_or_default(), command].concat();
-    if args.is_empty() {
-        return Err(ProcessError::NoProgram);
+/// User, group and further groups.
+pub type Identity = (u32, u32, Vec<u32>);
+
+impl Image {
+    /// Program and arguments: `command`, if it is given, replaces the image's own, but not its entry point.
+    ///
+    /// # Errors
+    /// If there is no program then.
+    pub fn args(&self, command: &[String]) -> Result<Vec<String>, ProcessError> {
+        let command = if command.is_empty() { &self.command } else { command };
+        let args = [self.entrypoint.as_slice(), command].concat();
+        if args.is_empty() { Err(ProcessError::NoProgram) } else { Ok(args) }
     }
-    let users = Users { passwd: text(root, spool, b"passwd"), group: text(root, spool, b"group") };
-    let (uid, gid, groups) = users.find(&defaults.user)?;
-    let mut env = defaults.env.clone().unwrap_or_default();
+
+    /// User, group and further groups of `USER[:GROUP]`, each a name that the image knows or a number; nothing is root.
+    ///
+    /// # Errors
+    /// If the image does not know a name.
+    pub fn identity(&self, wanted: &str) -> Result<Identity, ProcessError> {
+        Users { passwd: &self.passwd, group: &self.group }.find(wanted)
+    }
+
+    /// The manifest of this image. `command` and `user` replace what the image says, if they are given.
+    ///
+    /// # Errors
+    /// If something that the image names is not there.
+    pub fn manifest(&self, command: &[String], user: Option<&str>) -> Result<Manifest, ProcessError> {
+        manifest(self, self.args(command)?, self.identity(user.unwrap_or(&self.user))?)
+    }
+}
+
+/// User and group of `USER[:GROUP]`, if both are numbers: those need no image.
+pub fn identity_by_numbers(wanted: &str) -> Option<Identity> {
+    let numbers = wanted.split(':').all(|part| part.parse::<u32>().is_ok());
+    if numbers { Users { passwd: "", group: "" }.find(wanted).ok() } else { None }
+}
+
+fn manifest(image: &Image, args: Vec<String>, identity: Identity) -> Result<Manifest, ProcessError> {
+    let (uid, gid, groups) = identity;
+    let mut env = image.env.clone();
     if !env.iter().any(|entry| entry.starts_with("PATH=")) {
         env.insert(0, PATH.to_owned());
     }
-    let signal = match defaults.stop_signal.as_deref() {
+    let signal = match image.stop_signal.as_deref() {
         None | Some("") => Signal::Term,
         Some(name) => Signal::from_name(name).ok_or_else(|| ProcessError::Signal(name.to_owned()))?,
     };
@@ -83,13 +100,13 @@ pub fn manifest(
             stop: Some(Stop { signal, timeout_ms: STOP_MS }),
         },
         hostname: "container".to_owned(),
-        layers,
+        layers: image.layers.clone(),
         mounts: vec![],
         on_verity_failure: OnVerityFailure::Kill,
         process: Process {
             args,
             capabilities: CAPABILITIES.map(str::to_owned).to_vec(),
-            cwd: absolute(&defaults.working_dir),
+            cwd: absolute(&image.working_dir),
             env,
             gid,
             groups,
@@ -111,26 +128,14 @@ fn absolute(path: &str) -> String {
     format!("/{}", parts.join("/"))
 }
 
-/// What a file in /etc says, or nothing if it is none.
-fn text(root: &Folder, spool: &Spool, name: &[u8]) -> String {
-    let Some(Node::Leaf(leaf)) = root.find([b"etc", name]) else { return String::new() };
-    let Kind::File(content) = &leaf.kind else { return String::new() };
-    let mut bytes = vec![0; content.size().min(MAX_USERS) as usize];
-    match spool.read(content, 0, &mut bytes) {
-        Ok(()) => String::from_utf8_lossy(&bytes).into_owned(),
-        Err(_) => String::new(),
-    }
-}
-
 /// The users and groups that an image knows.
-struct Users {
-    passwd: String,
-    group: String,
+struct Users<'a> {
+    passwd: &'a str,
+    group: &'a str,
 }
 
-impl Users {
-    /// User, group and further groups of `USER[:GROUP]`, each a name or a number; nothing is root.
-    fn find(&self, wanted: &str) -> Result<(u32, u32, Vec<u32>), ProcessError> {
+impl Users<'_> {
+    fn find(&self, wanted: &str) -> Result<Identity, ProcessError> {
         let (user, group) = match wanted.split_once(':') {
             Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
             None => (wanted, None),
@@ -184,8 +189,8 @@ mod tests {
     #[test]
     fn users_and_groups() {
         let users = Users {
-            passwd: "root:x:0:0::/root:/bin/sh\nweb:x:33:34:w:/:/x\nbroken\n".to_owned(),
-            group: "root:x:0:\nweb:x:34:\nlog:x:7:web,root\nadm:x:4:web\nlog2:x:7:web\n".to_owned(),
+            passwd: "root:x:0:0::/root:/bin/sh\nweb:x:33:34:w:/:/x\nbroken\n",
+            group: "root:x:0:\nweb:x:34:\nlog:x:7:web,root\nadm:x:4:web\nlog2:x:7:web\n",
         };
         assert_eq!(users.find(""), Ok((0, 0, vec![7])));
         assert_eq!(users.find("web"), Ok((33, 34, vec![4, 7])));

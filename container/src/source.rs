@@ -237,11 +237,14 @@ impl Source {
     }
 }
 
+/// The digest of the image's manifest, by which the layout is addressed.
+pub(crate) fn layout_digest(folder: &Path, tag: Option<&str>) -> Result<Digest, SourceError> {
+    let index: Index = parse("index.json", &read_json(&folder.join("index.json"))?)?;
+    Ok(choose(folder, index, tag, 0)?.digest)
+}
+
 fn open_layout(folder: &Path, tag: Option<&str>) -> Result<Opened, SourceError> {
-    let path = folder.join("index.json");
-    let bytes = read_json(&path)?;
-    let index: Index = parse("index.json", &bytes)?;
-    let manifest: ImageManifest = read_blob(folder, &choose(folder, index, tag, 0)?.digest)?;
+    let manifest: ImageManifest = read_blob(folder, &layout_digest(folder, tag)?)?;
     let config: ImageConfig = read_blob(folder, &manifest.config.digest)?;
     if !config.platform.is_ours() {
         return Err(SourceError::Platform(config.platform.to_string()));

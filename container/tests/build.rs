@@ -7,8 +7,9 @@ use std::os::unix::fs::{FileTypeExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use cofferdam_container::build::{Options, Summary, build};
+use cofferdam_container::build::{Options, Summary, build, make_ready};
 use cofferdam_container::digest::Digest;
+use cofferdam_container::image::{self, Image};
 use cofferdam_container::source::Source;
 use cofferdam_container_manifest::{Manifest, decode};
 use serde_json::{Value, json};
@@ -118,8 +119,8 @@ impl Layout {
 
 fn build_to(source: &Source, output: &Path, max_unpacked: u64) -> Result<(Summary, Manifest), String> {
     let command = ["/bin/true".to_owned()];
-    let options = Options { output, store: None, max_unpacked, command: &command };
-    let summary = build(source, &options).map_err(|error| error.to_string())?;
+    let options = Options { output, store: None, max_unpacked };
+    let summary = build(source, &options, &command).map_err(|error| error.to_string())?;
     let bytes = fs::read(output.join("manifest.json")).unwrap();
     assert_eq!(Digest::of(&bytes), summary.digest);
     Ok((summary, decode(&bytes).unwrap()))
@@ -435,9 +436,8 @@ fn a_store_is_shared_and_damage_is_seen() {
     let command = ["/a".to_owned()];
     let into = |output: &str, store: &str| {
         let (output, store) = (at(output), at(store));
-        let options =
-            Options { output: &output, store: Some(&store), max_unpacked: 1 << 20, command: &command };
-        build(&source, &options)
+        let options = Options { output: &output, store: Some(&store), max_unpacked: 1 << 20 };
+        build(&source, &options, &command)
     };
     assert!(!into("one", "store").unwrap().layers[0].reused);
     let summary = into("two", "store").unwrap();
@@ -450,4 +450,41 @@ fn a_store_is_shared_and_damage_is_seen() {
     );
     fs::OpenOptions::new().write(true).open(&layer).unwrap().set_len(4096).unwrap();
     assert!(into("two", "store").unwrap_err().to_string().contains("is damaged"));
+}
+
+#[test]
+fn what_is_kept_of_an_image_makes_other_manifests() {
+    let layout = Layout::new();
+    let passwd = entry(FILE, "etc/passwd", "", b"web:x:33:34::/:\n");
+    let group = entry(FILE, "etc/group", "", b"log:x:7:web\n");
+    let layer = plain(&[archive(&[entry(FOLDER, "etc", "", b""), passwd, group])]);
+    layout.image(&layer, json!({"Entrypoint": ["/run"], "Cmd": ["it"], "User": "nobody", "Env": ["A=1"]}));
+    let output = layout.path("out");
+    let options = Options { output: &output, store: None, max_unpacked: 1 << 20 };
+
+    assert!(build(&layout.source(), &options, &[]).unwrap_err().to_string().contains("no user \"nobody\""));
+    let written = ["manifest.json", image::FILE].map(|name| output.join(name).exists());
+    assert_eq!(written, [false, false], "a refused image leaves nothing to be taken for it");
+
+    let ready = make_ready(&layout.source(), &options).unwrap();
+    let image = Image::read(&output).unwrap().unwrap();
+    assert_eq!(image, ready.image);
+    assert!(!output.join("manifest.json").exists());
+    let manifest = image.manifest(&["that".to_owned()], Some("web")).unwrap();
+    assert_eq!(manifest.process.args, ["/run", "that"]);
+    assert_eq!((manifest.process.uid, manifest.process.gid, manifest.process.groups), (33, 34, vec![7]));
+    assert!(manifest.process.env.contains(&"A=1".to_owned()));
+    assert_eq!(manifest.layers, image.layers);
+}
+
+#[test]
+fn a_layout_is_identified_by_what_its_tag_means() {
+    let layout = Layout::new();
+    let image = |content: &[u8]| {
+        layout.image(&plain(&[archive(&[entry(FILE, "a", "", content)])]), json!({"Cmd": ["/a"]}));
+        layout.source().identity().unwrap()
+    };
+    let first = image(b"1");
+    assert_ne!(image(b"2"), first);
+    assert_eq!(image(b"1"), first);
 }

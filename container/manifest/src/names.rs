@@ -1,5 +1,7 @@
 //! Names that a manifest may use: signals, capabilities and resource limits of Linux.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// A signal that the host may send, by its name without `SIG`.
@@ -44,6 +46,13 @@ impl Signal {
         let name = name.strip_prefix("SIG").unwrap_or(name);
         let name = serde::de::value::StrDeserializer::<serde::de::value::Error>::new(name);
         Self::deserialize(name).ok()
+    }
+}
+
+/// The name, as in a manifest.
+impl fmt::Display for Signal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
     }
 }
 
@@ -126,6 +135,7 @@ mod tests {
     fn signals_by_name() {
         assert_eq!(Signal::from_name("SIGTERM"), Some(Signal::Term));
         assert_eq!(Signal::from_name("USR1"), Some(Signal::Usr1));
+        assert_eq!(Signal::Usr1.to_string(), "USR1");
         for name in ["", "SIG", "Term", "SEGV", "SIGSIGTERM", "15"] {
             assert_eq!(Signal::from_name(name), None, "{name}");
         }
