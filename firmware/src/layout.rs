@@ -26,7 +26,7 @@
 //!                  the RAM below 3 GiB
 //! 0xC000_0000  load window: images mapped for the first stage (768 MiB)
 //! 0xF000_0000  virtio-mmio devices, 64 slots of 4 KiB
-//! 0xF004_0000  the guest's ports 0x620 to 0x622 once more, for kernels without /dev/port
+//! 0xF004_0000  the guest's ports 0x620 to 0x627 once more, for kernels without /dev/port
 //! 0xFEC0_0000  I/O APIC
 //! 0xFEE0_0000  local APICs
 //! 0xFFFB_C000  KVM's identity map page and task state segment (4 pages)
@@ -43,6 +43,7 @@
 //! 0x620         guest exit code
 //! 0x621         "user space reached" mark
 //! 0x622         the first stage's reason to stop
+//! 0x624..0x627  step of the init of a container's domain
 //!
 //! I/O APIC pin
 //! 4             serial port
@@ -139,7 +140,7 @@ pub const VIRTIO_MMIO_STRIDE: u64 = 0x1000;
 /// Number of virtio-mmio slots.
 pub const VIRTIO_MMIO_SLOTS: u8 = 64;
 
-/// [`EXIT_CODE_PORT`], [`USER_SPACE_PORT`] and [`REFUSAL_PORT`] once more, a byte each: some kernels (Debian's cloud flavour) have
+/// The ports from [`EXIT_CODE_PORT`] to [`STEP_PORT`] once more, at the same distances: some kernels (Debian's cloud flavour) have
 /// /dev/mem but no /dev/port.
 pub const GUEST_PORT_MMIO: u64 = VIRTIO_MMIO + VIRTIO_MMIO_SLOTS as u64 * VIRTIO_MMIO_STRIDE;
 
@@ -189,6 +190,9 @@ pub const EXIT_CODE_PORT: u16 = 0x620;
 pub const USER_SPACE_PORT: u16 = 0x621;
 /// A byte written here stops the domain; it is a [`crate::reason::Reason`] of the first stage.
 pub const REFUSAL_PORT: u16 = 0x622;
+/// 32 bits written here at once tell how far init of a container's domain has come: a report of the crate
+/// `cofferdam-container-protocol`.
+pub const STEP_PORT: u16 = 0x624;
 
 /// I/O APIC pin of the serial port.
 pub const SERIAL_PIN: u8 = 4;

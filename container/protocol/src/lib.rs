@@ -1,0 +1,37 @@
+//! What a host and the init of a container's domain say to each other.
+//!
+//! | module | what | direction |
+//! |---|---|---|
+//! | [`drive`] | the manifest's drive, and the names of all drives | host to guest, before the kernel starts |
+//! | [`step`] | the step that init has reached, and why it goes no further | guest to host, by a port |
+//! | [`frame`], [`message`] | requests to init, by ttrpc over vsock: `container.proto` | host to guest and back |
+//!
+//! The standard streams are vsock connections of the guest's to ports of the host: see [`STDIN_PORT`].
+//!
+//! Host and guest link this crate; it does no input and no output. Whoever reads here reads what the other side wrote:
+//! everything is bounded, and nothing is believed.
+
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::arithmetic_side_effects,
+        clippy::indexing_slicing,
+        clippy::string_slice,
+        clippy::unreachable
+    )
+)]
+
+pub mod drive;
+pub mod frame;
+pub mod message;
+pub mod step;
+
+/// vsock port on which the guest serves requests.
+pub const CONTROL_PORT: u32 = 1024;
+/// vsock port of the host that the guest connects to for the container's standard input. With a terminal it carries
+/// both directions, and the other two are not connected to.
+pub const STDIN_PORT: u32 = 1025;
+/// The same for standard output.
+pub const STDOUT_PORT: u32 = 1026;
+/// The same for standard error.
+pub const STDERR_PORT: u32 = 1027;
