@@ -1,4 +1,5 @@
-//! What the first stage puts before the command line of a protected domain's kernel.
+//! What the first stage adds to the kernel's command line: before that of a protected domain what follows, and behind that of
+//! an unprotected one the host's data, if the image wants them. (A protected one has them in its report.)
 //!
 //! A kernel takes the last of several arguments of one name, so whatever the image's own command line says of these wins.
 //!
@@ -14,6 +15,11 @@ use crate::layout::MIB;
 
 /// Most bytes that are put before a command line.
 pub const MAX_SIZE: usize = 64;
+
+/// What comes before the digits of the host's data.
+const HOST_DATA: &[u8] = b" cofferdam.host_data=";
+/// Bytes that [`write_host_data`] writes.
+pub const HOST_DATA_SIZE: usize = HOST_DATA.len() + 64;
 
 /// Blocks of 2 KiB of the buffer for devices: 8 MiB.
 const SHARED_BLOCKS: u64 = 4096;
@@ -42,6 +48,16 @@ pub(crate) fn write(place: &mut [u8], lazy: bool, memory: u64, kernel_end: u64) 
     }
     place.put(b" ");
     size.wrapping_sub(place.0.len())
+}
+
+/// Writes the host's data to `place` in hexadecimal digits, as an argument with a blank before it.
+pub(crate) fn write_host_data(place: &mut [u8], host_data: &[u8; 32]) {
+    let mut place = Place(place);
+    place.put(HOST_DATA);
+    for byte in host_data {
+        let digit = |value: u8| if value < 10 { b'0' + value } else { b'a' - 10 + value };
+        place.put(&[digit(byte >> 4), digit(byte & 0xF)]);
+    }
 }
 
 fn put_decimal(place: &mut Place<'_>, mut number: u64) {
@@ -82,6 +98,15 @@ mod tests {
         let longest = arguments(true, MAX_MEMORY, GAP_START);
         assert_eq!(longest, "swiotlb=4096 efi=noruntime kernelcore=5152M ");
         assert!(longest.len() <= MAX_SIZE);
+    }
+
+    #[test]
+    fn host_data_are_hexadecimal() {
+        let mut place = [0xEE; HOST_DATA_SIZE + 1];
+        write_host_data(&mut place, &std::array::from_fn(|index| (index as u8).wrapping_mul(9)));
+        let expected =
+            " cofferdam.host_data=0009121b242d363f48515a636c757e879099a2abb4bdc6cfd8e1eaf3fc050e17\u{ee}";
+        assert_eq!(place.map(char::from).into_iter().collect::<String>(), expected);
     }
 
     #[test]

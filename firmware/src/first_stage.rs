@@ -19,19 +19,15 @@
 use core::ops::Range;
 
 use crate::boot::Kernel;
-use crate::fields::Place;
 use crate::layout::{
     ACPI_TABLES, ACPI_TABLES_SIZE, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, EFI_TABLES, HIGH_MEMORY,
-    HOST_DATA_NODE, PARAMETER_PAGE, RESET_STUB, UNACCEPTED_TABLE,
+    PARAMETER_PAGE, RESET_STUB, UNACCEPTED_TABLE,
 };
 use crate::manifest::{self, Item, KernelFormat, Manifest};
 use crate::parameters::{Parameters, ParametersError};
 use crate::reason::Reason;
 use crate::sha256::Method;
 use crate::{acceptance, acpi, arguments, boot_params, efi, layout, parameters, reset_stub};
-
-/// `setup_data.type` of the node with the host data; Linux shows it below /sys/kernel/boot_params/setup_data.
-pub const HOST_DATA_TYPE: u32 = u32::from_le_bytes(*b"CFHD");
 
 /// What differs from one platform to another, and the memory of the domain. Errors are the reason why the domain must end.
 pub trait Platform {
@@ -98,14 +94,12 @@ pub fn prepare(platform: &mut dyn Platform) -> Result<u64, Reason> {
 
     let method = if parameters.sha_instructions { hash_method(platform) } else { Method::PORTABLE };
     let kernel = load_kernel(platform, method, &manifest, memory)?;
-    load_command_line(platform, method, &manifest, &kernel, memory)?;
+    load_command_line(platform, method, &manifest, &kernel, &parameters)?;
     let initrd = load_initrd(platform, method, &manifest, &kernel, memory)?;
     if lazy {
         efi::build(platform.memory(EFI_TABLES, efi::SIZE as u64));
     }
-    let node = platform.finish()?;
-    let setup_data =
-        if manifest.host_data { write_host_data(platform, &parameters.host_data, node) } else { node };
+    let setup_data = platform.finish()?;
     let params = platform.memory(BOOT_PARAMS, boot_params::SIZE as u64);
     boot_params::complete(params, memory, initrd, setup_data, lazy);
     let tables = acpi::Config {
@@ -228,24 +222,31 @@ fn load_command_line(
     method: Method,
     manifest: &Manifest,
     kernel: &Kernel,
-    memory: u64,
+    parameters: &Parameters,
 ) -> Result<(), Reason> {
     let line = &manifest.command_line;
     let place = platform.memory(COMMAND_LINE, COMMAND_LINE_MAX as u64 + 1);
     place.fill(0);
-    let mut length = 0;
+    let (mut before, mut after) = (0, 0);
     if platform.must_accept() {
         let kernel_end = kernel.memory(manifest.kernel.address).end;
         let place = platform.memory(COMMAND_LINE, arguments::MAX_SIZE as u64);
-        length = arguments::write(place, !manifest.accept_all, memory, kernel_end) as u64;
+        before = arguments::write(place, !manifest.accept_all, parameters.memory, kernel_end) as u64;
+    } else if manifest.host_data {
+        after = arguments::HOST_DATA_SIZE as u64;
     }
-    if length.saturating_add(line.size) > kernel.command_line_max {
+    let end = before.saturating_add(line.size);
+    if end.saturating_add(after) > kernel.command_line_max {
         return Err(Reason::CommandLine);
     }
-    if line.is_empty() {
-        return Ok(());
+    if !line.is_empty() {
+        fetch(platform, method, line, COMMAND_LINE.wrapping_add(before), Reason::CommandLineHash)?;
     }
-    fetch(platform, method, line, COMMAND_LINE.wrapping_add(length), Reason::CommandLineHash)
+    if after != 0 {
+        let place = platform.memory(COMMAND_LINE.wrapping_add(end), after);
+        arguments::write_host_data(place, &parameters.host_data);
+    }
+    Ok(())
 }
 
 fn load_initrd(
@@ -263,16 +264,6 @@ fn load_initrd(
     accept(platform, place.clone(), memory)?;
     fetch(platform, method, item, place.start, Reason::InitrdHash)?;
     Ok(place)
-}
-
-/// Writes the `setup_data` node with the host data, before the node `next`, and returns its address.
-fn write_host_data(platform: &mut dyn Platform, host_data: &[u8; 32], next: u64) -> u64 {
-    let mut place = Place(platform.memory(HOST_DATA_NODE, 16 + host_data.len() as u64));
-    place.put(&next.to_le_bytes());
-    place.put(&HOST_DATA_TYPE.to_le_bytes());
-    place.put(&(host_data.len() as u32).to_le_bytes());
-    place.put(host_data);
-    HOST_DATA_NODE
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@
 //!   0x0001_E000    launch manifest
 //!   0x0001_F000    parameter page
 //!   0x0002_0000    kernel command line
-//!   0x0002_1000    setup_data of the boot protocol: host data, and what leads to SEV-SNP's blob
+//!   0x0002_1000    setup_data of the boot protocol that leads to SEV-SNP's blob
 //!   0x0009_0000    end of usable low memory
 //!   0x0009_0000    SEV-SNP: the first stage's GHCB, then the confidential-computing blob
 //!   0x0009_2000    SEV-SNP: secrets page, then CPUID page
@@ -93,11 +93,9 @@ pub const PARAMETER_PAGE: u64 = 0x1_F000;
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// Longest kernel command line, bytes, without the terminating NUL.
 pub const COMMAND_LINE_MAX: usize = 2048;
-/// A `setup_data` node with the domain's host data, if its image wants them.
-pub const HOST_DATA_NODE: u64 = 0x2_1000;
 /// The `setup_data` node that leads to [`SNP_CC_BLOB`]. It is in memory that the e820 map calls RAM: there Linux sets such
 /// nodes apart itself, while in reserved memory it would read them as shared memory.
-pub const SNP_CC_NODE: u64 = 0x2_1100;
+pub const SNP_CC_NODE: u64 = 0x2_1000;
 /// End of usable low memory; from here to 1 MiB the e820 map says "reserved".
 pub const LOW_MEMORY_END: u64 = 0x9_0000;
 /// SEV-SNP's GHCB of the first stage: shared with the host while it is in use, and private before the kernel runs.
@@ -228,7 +226,7 @@ const _: () = {
     assert!(STAGE_PAGE_DIRECTORIES + 4 * PAGE_SIZE == STAGE_PAGE_TABLES);
     assert!(STAGE_PAGE_TABLES + 2 * PAGE_SIZE <= LAUNCH_MANIFEST);
     assert!(PARAMETER_PAGE + PAGE_SIZE <= COMMAND_LINE);
-    assert!(COMMAND_LINE + (COMMAND_LINE_MAX as u64) < HOST_DATA_NODE && SNP_CC_NODE < LOW_MEMORY_END);
+    assert!(COMMAND_LINE + (COMMAND_LINE_MAX as u64) < SNP_CC_NODE && SNP_CC_NODE < LOW_MEMORY_END);
     assert!(
         LOW_MEMORY_END <= SNP_GHCB
             && SNP_GHCB + PAGE_SIZE == SNP_CC_BLOB

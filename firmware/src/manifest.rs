@@ -64,7 +64,8 @@ pub struct Manifest {
     pub min_memory: u64,
     /// Most memory, bytes: a multiple of 1 MiB up to [`layout::MAX_MEMORY`].
     pub max_memory: u64,
-    /// Whether the first stage hands the host data of the parameter page to the kernel. Without, they must be zero.
+    /// Whether the domain is given the host's data: an unprotected one by the first stage, from the parameter page, to the end
+    /// of the kernel's command line; a protected one has them in its report. Without, they must be zero.
     pub host_data: bool,
     /// Whether the first stage of a protected domain accepts all memory, for a kernel that does not accept what is left
     /// (Linux without `CONFIG_UNACCEPTED_MEMORY`).

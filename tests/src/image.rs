@@ -76,9 +76,20 @@ impl<'a> Importer<'a> for Host<'a> {
 
 /// A bzImage of one small program: its exit code is the first byte of the initrd, which it finds by `boot_params`.
 pub fn bz_image() -> Vec<u8> {
-    const CODE: [u8; 23] = [
-        0x8b, 0x86, 0x18, 0x02, 0x00, 0x00, // mov eax, [rsi + 0x218], ramdisk_image
-        0x8a, 0x00, // mov al, [rax]
+    program(0x218, 0) // ramdisk_image
+}
+
+/// The same, whose exit code is a byte of the kernel's command line.
+pub fn bz_image_of_command_line(byte: u8) -> Vec<u8> {
+    program(0x228, byte) // cmd_line_ptr
+}
+
+/// A bzImage whose exit code is the byte that lies so far behind the address in the field of `boot_params`.
+fn program(field: u16, byte: u8) -> Vec<u8> {
+    let [low, high] = field.to_le_bytes();
+    let code = [
+        0x8b, 0x86, low, high, 0x00, 0x00, // mov eax, [rsi + field]
+        0x8a, 0x40, byte, // mov al, [rax + byte]
         0x66, 0xba, 0x20, 0x06, // mov dx, EXIT_CODE_PORT
         0xee, // out dx, al
         0x66, 0xba, 0x00, 0x06, // mov dx, SLEEP_CONTROL_PORT
@@ -89,7 +100,7 @@ pub fn bz_image() -> Vec<u8> {
     ];
     let mut file = vec![0; 0x400];
     file.resize(0x400 + 0x200, 0x90);
-    file.extend(CODE);
+    file.extend(code);
     file.resize(0x800, 0);
     let fields: [(usize, &[u8]); 11] = [
         (0x1f1, &[1]),                           // setup_sects

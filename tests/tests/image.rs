@@ -13,7 +13,7 @@ use cofferdam_confidential::image::importer::ImagePlatform;
 use cofferdam_firmware::layout::{GIB, MIB};
 use cofferdam_firmware::parameters::Parameters;
 use cofferdam_firmware::sha256::Method;
-use cofferdam_tests::image::{Image, bz_image};
+use cofferdam_tests::image::{Image, bz_image, bz_image_of_command_line};
 use cofferdam_tests::{Finished, Run, place};
 use tempfile::TempDir;
 
@@ -108,6 +108,31 @@ fn the_vcpu_count_changes_the_digest_where_the_platform_measures_it() {
     let (one, two) = (digests("1"), digests("2"));
     assert_ne!(one.0, two.0);
     assert_eq!(one.1, two.1);
+}
+
+/// Behind the image's own, and only if it wants them. Without any they are zeroes.
+#[test]
+fn host_data_are_at_the_end_of_the_command_line() {
+    let folder = Folder::new();
+    let byte_of = |byte, host_data, given: Option<&str>| {
+        let options = Options { host_data, ..Options::default() };
+        let kernel = bz_image_of_command_line(byte);
+        let image = folder.image(&Image { command_line: COMMAND_LINE, options, ..Image::of(kernel) });
+        let run = run(image);
+        let done = match given {
+            Some(data) => run.with("host-data", data),
+            None => run,
+        };
+        done.finish().code() as u8
+    };
+    let data = format!("{}e7", "00".repeat(31));
+    let line = format!("quiet cofferdam.host_data={data}");
+    for byte in [0, 4, 5, 6, 25, 26, 87, 88, 89] {
+        assert_eq!(byte_of(byte as u8, true, Some(&data)), line.as_bytes()[byte], "byte {byte}");
+    }
+    assert_eq!(byte_of(90, true, Some(&data)), 0, "it ends there");
+    assert_eq!(byte_of(89, true, None), b'0');
+    assert_eq!(byte_of(5, false, None), 0, "the image does not want them");
 }
 
 #[test]

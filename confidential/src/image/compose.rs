@@ -123,7 +123,7 @@ pub enum ComposeError {
     /// The kernel cannot be given an initrd of this size in any amount of memory.
     #[error("initrd: {0} bytes find no place below 3 GiB, behind the kernel and where it can reach them")]
     Initrd(usize),
-    /// The kernel takes no command line of this length, with what the first stage puts before it.
+    /// The kernel takes no command line of this length, with what the first stage adds to it.
     #[error("command line: {length} bytes long, the kernel takes {max}")]
     CommandLine {
         /// Its length, bytes.
@@ -319,10 +319,14 @@ fn pages(kind: PageKind, gpa: u64, bytes: &[u8]) -> Option<Item<'_>> {
 }
 
 fn check_command_line(text: &str, kernel_max: u64, options: &Options) -> Result<(), ComposeError> {
-    // The first stage of a protected domain puts more before it.
-    let protects = options.platforms.iter().any(|platform| *platform != ImagePlatform::Plain);
-    let reserved = if protects { arguments::MAX_SIZE as u64 } else { 0 };
-    let max = kernel_max.min(COMMAND_LINE_MAX as u64).saturating_sub(reserved);
+    // The first stage adds to it.
+    let added = |platform: &ImagePlatform| match platform {
+        ImagePlatform::Plain if options.host_data => arguments::HOST_DATA_SIZE,
+        ImagePlatform::Plain => 0,
+        _ => arguments::MAX_SIZE,
+    };
+    let reserved = options.platforms.iter().map(added).max().unwrap_or(0);
+    let max = kernel_max.min(COMMAND_LINE_MAX as u64).saturating_sub(reserved as u64);
     if text.len() as u64 > max {
         return Err(ComposeError::CommandLine { length: text.len(), max });
     }

@@ -183,7 +183,8 @@ fn a_bz_image_is_ready_to_run() {
     assert_eq!(model.at(0x100_0000, 0x1000), [0x33; 0x1000]);
     assert_eq!(model.at(0x100_1000, 1), [0xEE], "a bzImage clears its own memory");
     assert_eq!(model.at(0x3FF_E000, 5000), initrd);
-    assert_eq!(model.at(COMMAND_LINE, 14), b"console=ttyS0\0");
+    let line = format!("console=ttyS0 cofferdam.host_data={}\0", "05".repeat(32));
+    assert_eq!(model.at(COMMAND_LINE, line.len()), line.as_bytes());
 
     // The offsets are those of boot.rst and zero-page.rst.
     let params = model.at(BOOT_PARAMS, 4096);
@@ -193,7 +194,7 @@ fn a_bz_image_is_ready_to_run() {
     assert_eq!((params[0x210], params[0x211]), (0xff, 1));
     assert_eq!((u32_at(params, 0x218), u32_at(params, 0x21c)), (0x3FF_E000, 5000));
     assert_eq!(u32_at(params, 0x228), 0x2_0000);
-    assert_eq!(u64_at(params, 0x250), HOST_DATA_NODE);
+    assert_eq!(u64_at(params, 0x250), 0, "no setup_data");
     assert_eq!(u64_at(params, 0x258), 0x100_0000, "the rest of the header");
     assert_eq!((params[0x26b], params[0x26c]), (0x77, 0), "to its end, 0x202 + 0x6a, and no further");
     let e820 = [
@@ -209,9 +210,6 @@ fn a_bz_image_is_ready_to_run() {
         assert_eq!((u64_at(entry, 0), u64_at(entry, 8), u32_at(entry, 16)), (address, size, kind));
     }
 
-    let node = model.at(HOST_DATA_NODE, 48);
-    assert_eq!((u64_at(node, 0), &node[8..12], u32_at(node, 12)), (0, &b"CFHD"[..], 32));
-    assert_eq!(node[16..], [5; 32]);
     assert_eq!(model.at(RESET_STUB, 10), reset_stub::CODE);
 }
 
@@ -269,7 +267,6 @@ fn without_initrd_command_line_and_host_data_there_are_none() {
     let params = model.at(BOOT_PARAMS, 4096);
     assert_eq!((u64_at(params, 0x218), u64_at(params, 0x250)), (0, 0));
     assert_eq!(model.at(COMMAND_LINE, COMMAND_LINE_MAX + 1), vec![0; COMMAND_LINE_MAX + 1]);
-    assert_eq!(model.at(HOST_DATA_NODE, 1), [0xEE]);
 }
 
 /// One bit of any item, or of the manifest's hash of it.
@@ -366,12 +363,8 @@ fn a_protected_domain_accepts_what_its_kernel_needs_to_start() {
     let mut tables = [0; efi::SIZE];
     efi::build(&mut tables);
     assert_eq!(model.at(EFI_TABLES, efi::SIZE), tables);
-    assert_eq!(u64_at(params, 0x250), HOST_DATA_NODE);
-    assert_eq!(
-        u64_at(model.at(HOST_DATA_NODE, 8), 0),
-        layout::SNP_CC_NODE,
-        "the platform's node is the next one"
-    );
+    assert_eq!(u64_at(params, 0x250), layout::SNP_CC_NODE);
+    // The image wants host data, but the report has them.
     assert_eq!(model.at(COMMAND_LINE, 57), b"swiotlb=4096 efi=noruntime kernelcore=54M console=ttyS0\0\0");
 }
 
@@ -396,16 +389,6 @@ fn a_protected_domain_accepts_all_memory_if_its_kernel_cannot() {
     assert_eq!(model.at(BOOT_PARAMS + 0x1c0, 32), [0; 32]);
     assert_eq!(model.at(EFI_TABLES, 4), [0xEE; 4]);
     assert_eq!(model.at(COMMAND_LINE, 27), b"swiotlb=4096 console=ttyS0\0");
-}
-
-#[test]
-fn without_host_data_the_platform_s_node_is_the_first() {
-    let wants_none = Manifest { host_data: false, ..manifest(&bz_image(), &[], b"") };
-    let mut model = protected(wants_none, 64 * MIB, &[], b"");
-    model.parameters = Parameters { host_data: [0; 32], ..parameters() }.encode().to_vec();
-    prepare(&mut model).unwrap();
-    assert_eq!(u64_at(model.at(BOOT_PARAMS, 4096), 0x250), layout::SNP_CC_NODE);
-    assert_eq!(model.at(COMMAND_LINE, 43), b"swiotlb=4096 efi=noruntime kernelcore=54M \0");
 }
 
 /// Wherever memory cannot be accepted, the domain ends.
@@ -441,6 +424,22 @@ fn a_command_line_must_fit_the_kernel() {
         let mut model = protected(manifest(&kernel, &[], b"x"), 64 * MIB, &[], b"x");
         model.window[0].1 = kernel;
         assert_eq!(prepare(&mut model), expected);
+    }
+}
+
+/// With what is put behind it, which an image without a command line gets too.
+#[test]
+fn host_data_must_fit_the_kernel() {
+    for line in [&b""[..], b"console=ttyS0"] {
+        for (room, expected) in [(84, Err(Reason::CommandLine)), (85, Ok(0x100_0200))] {
+            let kernel = patch(bz_image(), 0x238, &(line.len() as u32 + room).to_le_bytes());
+            let mut model = model(&kernel, &[], line);
+            assert_eq!(prepare(&mut model), expected);
+            if expected.is_ok() {
+                assert_eq!(model.at(COMMAND_LINE, line.len()), line);
+                assert_eq!(model.at(COMMAND_LINE + line.len() as u64, 21), b" cofferdam.host_data=");
+            }
+        }
     }
 }
 

@@ -187,6 +187,14 @@ fn what_no_image_can_be_made_of() {
     let plain = |it: &mut Options| it.platforms = vec![ImagePlatform::Plain];
     let for_plain = refused(&source(&good, &[], &long), plain);
     assert_eq!(for_plain, "command line: 2048 bytes long, the kernel takes 2047");
+    let with_host_data = |it: &mut Options| it.host_data = true;
+    assert_eq!(
+        refused(&source(&good, &[], &long), with_host_data),
+        "command line: 2048 bytes long, the kernel takes 1962",
+        "85 are the host data's on plain, where the 64 are not"
+    );
+    let for_snp = |it: &mut Options| (it.host_data, it.platforms) = (true, vec![ImagePlatform::Snp]);
+    assert!(refused(&source(&good, &[], &long), for_snp).ends_with("takes 1983"), "the report has them");
     assert_eq!(with("a\0b"), "command line: has a NUL in it");
     assert_eq!(option(|it| it.platforms.clear()), "no platform is named");
     assert_eq!(
