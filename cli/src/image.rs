@@ -3,6 +3,7 @@
 
 mod build;
 mod corim;
+mod initrd;
 mod inspect;
 mod measure;
 mod realm;
@@ -70,6 +71,9 @@ pub enum ImageError {
         /// Why.
         source: ReadError,
     },
+    /// There is no initial RAM disk for containers.
+    #[error(transparent)]
+    Initrd(#[from] initrd::InitrdError),
     /// There is no image of these files.
     #[error(transparent)]
     Compose(#[from] ComposeError),

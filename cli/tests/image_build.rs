@@ -213,3 +213,153 @@ fn damage_is_seen() {
     fs::write(&path, altered).unwrap();
     assert!(bad(folder.path(), &["inspect", "d.igvm"]).contains("the checksum of the headers is"));
 }
+
+/// What a kernel needs for containers, as `modules.builtin` and `modules.builtin.modinfo` say it of one that has all built in.
+const BUILT_IN: [&str; 12] = [
+    "pvpanic-mmio",
+    "virtio_mmio",
+    "virtio_blk",
+    "vmw_vsock_virtio_transport",
+    "dm-verity",
+    "erofs",
+    "overlay",
+    "dm-crypt",
+    "dm-integrity",
+    "ext4",
+    "sev-guest",
+    "tdx-guest",
+];
+const ALGORITHMS: &str = "a.alias=crypto-sha256\0a.alias=crypto-aes\0a.alias=crypto-xts\0a.alias=crypto-authenc\0a.alias=crypto-hmac\0";
+
+/// A program that asks for no dynamic linker, as far as its headers say.
+fn static_program() -> Vec<u8> {
+    let mut program = vec![0; 0x78];
+    program[..6].copy_from_slice(b"\x7fELF\x02\x01");
+    (program[0x12], program[0x20], program[0x36], program[0x38], program[0x40]) = (62, 0x40, 56, 1, 1);
+    program
+}
+
+/// A copy of the command with its init, and a kernel package that was unpacked.
+struct Installed(TempDir);
+
+impl Installed {
+    fn new() -> Self {
+        let this = Self(tempfile::tempdir().unwrap());
+        for folder in ["bin", "lib/cofferdam", "boot", "lib/modules/6.12.9-test"] {
+            fs::create_dir_all(this.path(folder)).unwrap();
+        }
+        fs::copy(env!("CARGO_BIN_EXE_cofferdam"), this.path("bin/cofferdam")).unwrap();
+        fs::write(this.path("lib/cofferdam/cofferdam-init"), static_program()).unwrap();
+        let mut kernel = kernel();
+        kernel[0x20e..0x210].copy_from_slice(&0x200_u16.to_le_bytes());
+        kernel[0x400..0x40e].copy_from_slice(b"6.12.9-test (x");
+        fs::write(this.path("boot/vmlinuz"), kernel).unwrap();
+        this.built_in(&BUILT_IN, "lib/modules/6.12.9-test");
+        this
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn built_in(&self, names: &[&str], folder: &str) {
+        fs::create_dir_all(self.path(folder)).unwrap();
+        let list: String = names.iter().map(|name| format!("kernel/x/{name}.ko\n")).collect();
+        fs::write(self.path(folder).join("modules.builtin"), list).unwrap();
+        fs::write(self.path(folder).join("modules.builtin.modinfo"), ALGORITHMS).unwrap();
+    }
+
+    fn build(&self, words: &[&str]) -> Output {
+        Command::new(self.path("bin/cofferdam"))
+            .args(["image", "build", "--kernel", "boot/vmlinuz"])
+            .args(words)
+            .env("XDG_DATA_HOME", self.path("share"))
+            .current_dir(&self.0)
+            .output()
+            .unwrap()
+    }
+
+    fn good(&self, words: &[&str]) {
+        let output = self.build(words);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn refused(&self, words: &[&str]) -> String {
+        let output = self.build(words);
+        assert_eq!(output.status.code(), Some(125), "{words:?}");
+        assert!(!self.path("d.igvm").exists());
+        let place = self.0.path().canonicalize().unwrap().display().to_string();
+        String::from_utf8(output.stderr).unwrap().replace(&place, "PLACE")
+    }
+}
+
+#[test]
+fn the_image_of_containers() {
+    let installed = Installed::new();
+    installed.good(&["--init"]);
+    let path = installed.path("share/cofferdam/domain.igvm");
+    let report = inspected(&installed.path(""), path.to_str().unwrap());
+    assert_eq!(report["manifest"]["host_data"], json!(true));
+    let line = report["manifest"]["command_line_text"].as_str().unwrap();
+    assert!(line.contains("quiet") && line.contains("panic=-1"), "{line}");
+    // A folder, the init, an empty list: the very bytes.
+    let offset = report["manifest"]["initrd"]["file_offset"].as_u64().unwrap() as usize;
+    let size = report["manifest"]["initrd"]["size"].as_u64().unwrap() as usize;
+    let initrd = fs::read(&path).unwrap()[offset..offset + size].to_vec();
+    let text: String = initrd.iter().map(|byte| char::from(*byte)).collect();
+    let names: Vec<&str> =
+        text.split("070701").skip(1).map(|entry| entry[104..].split('\0').next().unwrap()).collect();
+    assert_eq!(names, ["init", "modules", "modules/order", "TRAILER!!!"]);
+    assert!(initrd.windows(0x78).any(|window| window == static_program()));
+
+    // The same with everything named, and the init beside the command.
+    fs::rename(installed.path("lib/cofferdam/cofferdam-init"), installed.path("bin/cofferdam-init")).unwrap();
+    fs::rename(installed.path("lib/modules/6.12.9-test"), installed.path("m")).unwrap();
+    installed.good(&["--init", "--modules", "m", "--cmdline", line, "-o", "d.igvm"]);
+    assert!(fs::read(installed.path("d.igvm")).unwrap() == fs::read(path).unwrap());
+}
+
+#[test]
+fn what_an_image_of_containers_lacks_is_named() {
+    let installed = Installed::new();
+    let words = ["--init", "-o", "d.igvm"];
+    let without = |name: &str| {
+        let names: Vec<&str> = BUILT_IN.into_iter().filter(|other| *other != name).collect();
+        installed.built_in(&names, "m");
+    };
+    for name in BUILT_IN {
+        without(name);
+        let said = installed.refused(&["--init", "--modules", "m", "-o", "d.igvm"]);
+        let expected =
+            format!("the module {} is neither in m nor built into the kernel", name.replace('-', "_"));
+        assert!(said.contains(&expected), "{said}");
+    }
+    without("sev-guest");
+    let plain = ["--init", "--modules", "m", "--platforms", "plain,tdx", "-o", "e.igvm"];
+    installed.good(&plain);
+    fs::write(installed.path("m/modules.builtin.modinfo"), ALGORITHMS.replace("xts", "cbc")).unwrap();
+    assert!(installed.refused(&plain).contains("no module in m has the algorithm xts"));
+
+    fs::rename(installed.path("lib/modules"), installed.path("elsewhere")).unwrap();
+    let said = installed.refused(&words);
+    let expected = "the modules of the kernel 6.12.9-test are not in PLACE/boot or \
+                    PLACE/lib/modules/6.12.9-test or PLACE/usr/lib/modules/6.12.9-test or \
+                    /lib/modules/6.12.9-test: say where they are with --modules";
+    assert!(said.contains(expected), "{said}");
+    fs::write(installed.path("boot/vmlinuz"), kernel()).unwrap();
+    assert!(installed.refused(&words).contains("boot/vmlinuz: the kernel's version is not in it"));
+
+    let mut dynamic = static_program();
+    dynamic[0x40] = 3;
+    fs::write(installed.path("lib/cofferdam/cofferdam-init"), dynamic).unwrap();
+    assert!(installed.refused(&words).contains("cofferdam-init is no static program for x86-64"));
+    fs::remove_file(installed.path("lib/cofferdam/cofferdam-init")).unwrap();
+    let said = installed.refused(&words);
+    assert!(
+        said.contains("is neither PLACE/bin/cofferdam-init nor PLACE/lib/cofferdam/cofferdam-init"),
+        "{said}"
+    );
+
+    assert!(installed.refused(&["--init", "--initrd", "i", "-o", "d.igvm"]).contains("cannot be used with"));
+    assert!(installed.refused(&["--modules", "m", "-o", "d.igvm"]).contains("--init"));
+}

@@ -1,7 +1,7 @@
-//! `cofferdam image build`: one file of a kernel, an initrd and a command line.
+//! `cofferdam image build`: one file of a kernel, an initrd and a command line; with `--init` the image of containers' domains.
 
-use std::path::PathBuf;
-use std::{fs, io, process};
+use std::path::{Path, PathBuf};
+use std::{env, fs, io, process};
 
 use clap::Args;
 use cofferdam_api::config::DEFAULT_COMMAND_LINE;
@@ -12,8 +12,12 @@ use cofferdam_confidential::image::inspect::hex;
 use cofferdam_confidential::image::walk::Selection;
 use cofferdam_firmware::{boot, layout};
 
-use super::{ImageError, read_file};
+use super::{ImageError, initrd, read_file};
 use crate::units::{parse_number, parse_size};
+
+/// The kernel's command line of a container's domain: no messages but of what goes wrong, no search for devices that there are
+/// not, and no tests of algorithms, which the kernel would make at each start.
+const INIT_COMMAND_LINE: &str = "console=ttyS0 quiet reboot=a panic=-1 pci=off 8250.nr_uarts=1 cryptomgr.notests audit=0 rcupdate.rcu_expedited=1";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -22,6 +26,9 @@ Examples:
   Only for AMD SEV-SNP, at most 4 CPUs and 2 GiB, with one socket (a guest policy of the SNP firmware ABI):
     cofferdam image build --kernel vmlinuz --initrd initrd.img --max-cpus 4 --max-memory 2G \\
         --platforms snp --policy snp=0x130000 -o domain.igvm
+
+  The image in whose domains containers run, for `cofferdam run --container` to find:
+    cofferdam image build --init --kernel /boot/vmlinuz-6.12.57+deb12-cloud-amd64
 
 The same inputs give the same file, byte for byte, on every machine with the same cofferdam.";
 
@@ -33,11 +40,20 @@ pub struct BuildArgs {
     #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
     /// The initial RAM disk
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "init")]
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line, at most 2048 bytes
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, default_value = DEFAULT_COMMAND_LINE)]
-    pub cmdline: String,
+    /// Make the initial RAM disk: the init of containers' domains, and the modules that the kernel needs for them
+    ///
+    /// The program cofferdam-init is taken from where cofferdam itself is, or from ../lib/cofferdam of there. The image is
+    /// given the host's data, as with --policy host-data.
+    #[arg(long)]
+    pub init: bool,
+    /// The kernel's modules, a folder like /lib/modules/VERSION [default: beside the kernel as in its package, or there]
+    #[arg(long, value_name = "DIR", requires = "init")]
+    pub modules: Option<PathBuf>,
+    /// The kernel's command line, at most 2048 bytes [default: one for the console on ttyS0; with --init a quiet one]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
     /// Most CPUs that a domain may have, 1 to 32 [default: 32]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(layout::MAX_VCPUS)))]
     pub max_cpus: Option<u8>,
@@ -48,7 +64,7 @@ pub struct BuildArgs {
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', value_parser = parse_platform,
           default_value = "plain,snp,tdx")]
     pub platforms: Vec<ImagePlatform>,
-    /// snp=N or tdx=N for a platform's guest policy (IGVM's bits), host-data to give the kernel the host's 32 bytes,
+    /// snp=N or tdx=N for a platform's guest policy (IGVM's bits), host-data to give the domain the host's 32 bytes,
     /// accept-all for kernels that cannot accept memory themselves
     ///
     /// accept-all is for Linux without CONFIG_UNACCEPTED_MEMORY (before 6.5): in a protected domain the first stage accepts all
@@ -58,9 +74,9 @@ pub struct BuildArgs {
     /// migration. tdx=N has bit 0 (debugging) and 1 (no #VE for pages that are not accepted), by default 0x2.
     #[arg(long, value_name = "POLICY,…", value_delimiter = ',', value_parser = parse_policy)]
     pub policy: Vec<Policy>,
-    /// The image file to write
-    #[arg(short, long, value_name = "FILE")]
-    pub output: PathBuf,
+    /// The image file to write [default with --init: $XDG_DATA_HOME/cofferdam/domain.igvm, ~/.local/share without it]
+    #[arg(short, long, value_name = "FILE", required_unless_present = "init")]
+    pub output: Option<PathBuf>,
 }
 
 /// One policy.
@@ -98,6 +114,7 @@ impl BuildArgs {
         let mut options = Options { platforms: self.platforms.clone(), ..Options::default() };
         options.max_vcpus = self.max_cpus.unwrap_or(options.max_vcpus);
         options.max_memory = self.max_memory.unwrap_or(options.max_memory);
+        options.host_data = self.init;
         for policy in &self.policy {
             match *policy {
                 Policy::HostData => options.host_data = true,
@@ -113,32 +130,52 @@ impl BuildArgs {
 /// Builds an image. Returns what to print.
 pub fn build(args: &BuildArgs) -> Result<String, ImageError> {
     let kernel = read_file(&args.kernel)?;
-    let initrd = args.initrd.as_deref().map(read_file).transpose()?;
+    let initrd = match &args.initrd {
+        _ if args.init => {
+            Some(initrd::make(&args.kernel, &kernel, args.modules.as_deref(), &args.platforms)?)
+        }
+        Some(path) => Some(read_file(path)?),
+        None => None,
+    };
+    let usual = if args.init { INIT_COMMAND_LINE } else { DEFAULT_COMMAND_LINE };
     let source = Source {
         kernel: Blob::of(&kernel),
         kernel_head: kernel.get(..boot::HEAD).unwrap_or(&kernel),
         initrd: initrd.as_deref().map(Blob::of),
-        command_line: &args.cmdline,
+        command_line: args.cmdline.as_deref().unwrap_or(usual),
     };
     let composition = compose(&source, &args.options())?;
     let mut writer = Writer::default();
     composition.walk(Selection::All, &mut writer)?;
     let mut image = Vec::new();
     writer.write(&mut image)?;
-    replace(args, &image).map_err(|source| ImageError::Write { path: args.output.clone(), source })?;
-    Ok(format!(
-        "{}: {} bytes, SHA-256 {}\n",
-        args.output.display(),
-        image.len(),
-        hex(&Blob::of(&image).sha256)
-    ))
+    let output = output(args)?;
+    replace(&output, &image).map_err(|source| ImageError::Write { path: output.clone(), source })?;
+    Ok(format!("{}: {} bytes, SHA-256 {}\n", output.display(), image.len(), hex(&Blob::of(&image).sha256)))
+}
+
+/// Where the image goes. Its folder is made where nobody has chosen it.
+fn output(args: &BuildArgs) -> Result<PathBuf, ImageError> {
+    if let Some(path) = &args.output {
+        return Ok(path.clone());
+    }
+    let named = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let folder = named("XDG_DATA_HOME")
+        .or_else(|| named("HOME").map(|home| home.join(".local/share")))
+        .ok_or_else(|| {
+            ImageError::Options("neither XDG_DATA_HOME nor HOME is set: say where with --output".to_owned())
+        })?
+        .join("cofferdam");
+    let path = folder.join("domain.igvm");
+    fs::create_dir_all(&folder).map_err(|source| ImageError::Write { path: path.clone(), source })?;
+    Ok(path)
 }
 
 /// Puts the image where it belongs, all of it or nothing. Who has mapped a file that was there keeps that one.
-fn replace(args: &BuildArgs, image: &[u8]) -> io::Result<()> {
-    let name = args.output.file_name().ok_or(io::ErrorKind::InvalidFilename)?.to_string_lossy();
-    let part = args.output.with_file_name(format!(".{name}.{}", process::id()));
-    let result = fs::write(&part, image).and_then(|()| fs::rename(&part, &args.output));
+fn replace(output: &Path, image: &[u8]) -> io::Result<()> {
+    let name = output.file_name().ok_or(io::ErrorKind::InvalidFilename)?.to_string_lossy();
+    let part = output.with_file_name(format!(".{name}.{}", process::id()));
+    let result = fs::write(&part, image).and_then(|()| fs::rename(&part, output));
     if result.is_err() {
         // What is left of it, if anything.
         let _ = fs::remove_file(&part);
