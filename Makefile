@@ -40,7 +40,7 @@ test: lint unit payload domain snp ## Every tier
 test-all: lint unit build payloads seccomp-unused ## Every tier, the long tests and those that need root included
 	cargo test -p cofferdam-tests --features payload --tests -- --include-ignored
 	cargo test -p cofferdam-confidential --test digests -- --ignored
-	cargo test -p cofferdam-container --test images -- --ignored
+	cargo test -p cofferdam-container --test images --test limits -- --ignored
 	cargo test -p xtask --test rig -- --ignored --test-threads=1
 	@cargo xtask domain-tests --long
 	@cargo xtask snp-tests --long

@@ -24,7 +24,9 @@ pub enum ContainerCommand {
 #[derive(Debug, Args)]
 #[command(after_help = BUILD_EXAMPLES)]
 pub struct BuildArgs {
-    /// An OCI image layout, oci:DIR[:TAG], or a tar archive of a root file system
+    /// An OCI image layout, oci:DIR[:TAG], an archive as `docker save` makes it, or a root file system: a folder or a tar archive
+    ///
+    /// docker-archive:FILE:NAME chooses one of several images in an archive.
     source: Source,
     /// Folder for the manifest, and without --store for the layers
     #[arg(short, long, value_name = "DIR")]
@@ -46,6 +48,7 @@ pub struct BuildArgs {
 const BUILD_EXAMPLES: &str = "\
 Examples:
   cofferdam container build oci:python:3.13 -o python
+  cofferdam container build debian.tar.gz -o debian   # of `docker save debian:12 | gzip`
   cofferdam container build rootfs.tar.zst -o rootfs -- /bin/sh -c 'echo hello'";
 
 /// Runs a command. Returns 0, or 125 after saying why not.

@@ -43,7 +43,7 @@ fn what_is_refused() {
     fs::write(place.path().join("empty.tar"), [0; 1024]).unwrap();
     for (args, message) in [
         (&["none.tar", "-o", "out", "--", "/a"][..], "cannot read none.tar"),
-        (&[".", "-o", "out", "--", "/a"], "cannot read .: is a directory"),
+        (&[".", "-o", "out", "--", "/a"], "out lies in the folder that is to be read"),
         (&["empty.tar", "-o", "out"], "the image names no program; give one after --"),
         (&["oci:", "-o", "out"], "it is oci:DIR or oci:DIR:TAG"),
         (&["empty.tar", "-o", "out", "--", ""], "process.args[0]: it is empty"),

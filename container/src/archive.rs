@@ -86,6 +86,8 @@ pub struct Archive<R> {
     parser: Parser,
     /// What was read, and not used yet.
     buffer: Vec<u8>,
+    /// Bytes that were used.
+    position: u64,
 }
 
 impl<R: Read> Archive<R> {
@@ -96,12 +98,17 @@ impl<R: Read> Archive<R> {
             max_path_len: Some(MAX_PATH),
             ..Limits::default()
         };
-        Self { inner, parser: Parser::new(limits), buffer: Vec::new() }
+        Self { inner, parser: Parser::new(limits), buffer: Vec::new(), position: 0 }
     }
 
     /// The reader behind the archive.
     fn inner(&mut self) -> &mut R {
         &mut self.inner
+    }
+
+    /// Where in the archive that is which is read next: behind a header, its content.
+    pub fn position(&self) -> u64 {
+        self.position
     }
 
     /// The next header, or `None` at the end. The content of the one before must have been read or skipped.
@@ -130,7 +137,9 @@ impl<R: Read> Archive<R> {
                 ParseEvent::GlobalExtensions { consumed, .. } => (consumed, None),
                 ParseEvent::End { .. } => return Ok(None),
             };
-            self.buffer.drain(..used.min(self.buffer.len()));
+            let used = used.min(self.buffer.len());
+            self.buffer.drain(..used);
+            self.position += used as u64;
             if header.is_some() {
                 return Ok(header);
             }
@@ -161,6 +170,7 @@ impl<R: Read> Archive<R> {
                 return Err(ArchiveError::Truncated);
             }
             take(&piece[..got])?;
+            self.position += got as u64;
             count -= got as u64;
         }
         Ok(())

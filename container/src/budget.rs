@@ -87,3 +87,26 @@ impl<R: Read> Read for Paid<'_, R> {
         Ok(count)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_is_there_can_be_spent_and_no_more() {
+        let budget = Budget::new(10);
+        budget.spend_bytes(4).unwrap();
+        budget.spend_bytes(6).unwrap();
+        assert_eq!(budget.spend_bytes(1), Err(Exceeded::Bytes(10)));
+        budget.spend_bytes(0).unwrap();
+
+        budget.spend_name(MAX_METADATA as usize).unwrap();
+        assert_eq!(budget.spend_name(1), Err(Exceeded::Metadata));
+        (2..MAX_NAMES).for_each(|_| budget.spend_name(0).unwrap());
+        assert_eq!(budget.spend_name(0), Err(Exceeded::Names));
+
+        let mut rest = Paid { inner: &[0; 20][..], budget: &Budget::new(19) };
+        let error = rest.read_to_end(&mut Vec::new()).unwrap_err();
+        assert_eq!(error.to_string(), Exceeded::Bytes(19).to_string());
+    }
+}

@@ -10,7 +10,7 @@
 //! content or not at all.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
@@ -20,10 +20,11 @@ use crate::archive::{ArchiveError, read_layer};
 use crate::budget::Budget;
 use crate::digest::{Digest, Hashing};
 use crate::erofs::{self, ErofsError};
+use crate::folder::{FolderError, read_folder};
 use crate::image::{self, Image, replace_file};
 use crate::layer::{Reading, Warnings};
 use crate::process::ProcessError;
-use crate::source::{Opened, Packed, Source, SourceError};
+use crate::source::{Contents, Digests, Opened, Packed, Source, SourceError};
 use crate::spool::Spool;
 use crate::tree::Folder;
 use crate::unpack::unpack;
@@ -43,6 +44,17 @@ pub enum BuildError {
         /// Why.
         source: ArchiveError,
     },
+    /// A folder is refused.
+    #[error("{name}: {source}")]
+    Folder {
+        /// Which.
+        name: String,
+        /// Why.
+        source: FolderError,
+    },
+    /// What is written would be read.
+    #[error("{} lies in the folder that is to be read", .0.display())]
+    Inside(PathBuf),
     /// There is no such file system.
     #[error(transparent)]
     Erofs(#[from] ErofsError),
@@ -143,10 +155,11 @@ impl Ready {
 }
 
 fn make_layers(source: &Source, options: &Options<'_>) -> Result<Ready, BuildError> {
-    let opened = source.open()?;
     let store = options.store.unwrap_or(options.output).join("layers");
+    check_outside(source, &[options.output, &store])?;
     make_folder(options.output)?;
     make_folder(&store)?;
+    let opened = source.open(&store, options.max_unpacked)?;
     if options.store.is_some() {
         link_store(&options.output.join("layers"), &store)?;
     }
@@ -180,8 +193,7 @@ fn read_trees(
     let mut root = Folder::default();
     for packed in &opened.layers {
         let mut reading = Reading::new(&root, opened.whiteouts, &budget, warnings);
-        read_packed(packed, &mut reading, spool)
-            .map_err(|source| BuildError::Layer { name: packed.name.clone(), source })?;
+        read(packed, &mut reading, spool)?;
         let mut tree = reading.finish();
         if tree.opaque {
             trees.clear();
@@ -204,21 +216,58 @@ fn read_trees(
     Ok((trees, root))
 }
 
-/// Reads a layer, and compares it with its digests.
-fn read_packed(packed: &Packed, reading: &mut Reading<'_>, spool: &mut Spool) -> Result<(), ArchiveError> {
-    let mut outer = Hashing::new(&packed.file);
+/// Reads a layer.
+fn read(packed: &Packed, reading: &mut Reading<'_>, spool: &mut Spool) -> Result<(), BuildError> {
+    let name = || packed.name.clone();
+    let refused = |source| BuildError::Layer { name: name(), source };
+    match &packed.contents {
+        Contents::Archive(region, digests) => {
+            read_packed(region.clone(), Some(*digests), reading, spool).map_err(refused)
+        }
+        Contents::Stream(file) => read_packed(file, None, reading, spool).map_err(refused),
+        Contents::Folder(folder) => {
+            read_folder(folder, reading, spool).map_err(|source| BuildError::Folder { name: name(), source })
+        }
+    }
+}
+
+/// Reads a layer's archive, and compares it with its digests.
+fn read_packed(
+    packed: impl Read,
+    digests: Option<Digests>,
+    reading: &mut Reading<'_>,
+    spool: &mut Spool,
+) -> Result<(), ArchiveError> {
+    let mut outer = Hashing::new(packed);
     let mut inner = Hashing::new(unpack(&mut outer)?);
     read_layer(&mut inner, reading, spool)?;
     let (unpacked, rest) = inner.finish()?;
     drop(rest);
     let (whole, _) = outer.finish()?;
-    match packed.digests {
-        Some((expected, _)) if expected != whole => Err(ArchiveError::Digest { found: whole, expected }),
-        Some((_, expected)) if expected != unpacked => {
-            Err(ArchiveError::UnpackedDigest { found: unpacked, expected })
+    let Some(digests) = digests else { return Ok(()) };
+    match digests.packed {
+        Some(expected) if expected != whole => Err(ArchiveError::Digest { found: whole, expected }),
+        _ if digests.unpacked != unpacked => {
+            Err(ArchiveError::UnpackedDigest { found: unpacked, expected: digests.unpacked })
         }
         _ => Ok(()),
     }
+}
+
+/// Refuses to write below a folder that is read.
+fn check_outside(source: &Source, written: &[&Path]) -> Result<(), BuildError> {
+    let Source::Path(path) = source else { return Ok(()) };
+    let Ok(source) = path.canonicalize() else { return Ok(()) };
+    for path in written {
+        let whole = std::path::absolute(path)
+            .map_err(|source| BuildError::Write { path: path.to_path_buf(), source })?;
+        // What is there of the path; the rest will be made.
+        let existing = whole.ancestors().find_map(|part| part.canonicalize().ok());
+        if source.is_dir() && existing.is_some_and(|existing| existing.starts_with(&source)) {
+            return Err(BuildError::Inside(path.to_path_buf()));
+        }
+    }
+    Ok(())
 }
 
 /// Makes the image of a layer, and puts it into the store if that does not have it.

@@ -29,15 +29,24 @@ impl Source {
                 hash.update(b"layout\n");
                 hash.update(layout_digest(folder, tag.as_deref())?.to_string());
             }
-            Self::Archive(path) => {
-                let read = |source| SourceError::Read { path: path.clone(), source };
-                let path = path.canonicalize().map_err(read)?;
+            Self::Saved { file, name } => {
+                hash.update(b"saved\n");
+                hash.update(format!("{name:?}\n"));
+                look_at(file, &mut hash)?;
+            }
+            Self::Path(path) => {
                 hash.update(b"path\n");
-                look(&path, &fs::metadata(&path).map_err(read)?, &mut hash).map_err(read)?;
+                look_at(path, &mut hash)?;
             }
         }
         Ok(Digest::finish(hash))
     }
+}
+
+fn look_at(path: &Path, hash: &mut Sha256) -> Result<(), SourceError> {
+    let read = |source| SourceError::Read { path: path.to_owned(), source };
+    let path = path.canonicalize().map_err(read)?;
+    look(&path, &fs::metadata(&path).map_err(read)?, hash).map_err(read)
 }
 
 /// Takes in what is said of a file, or of a folder and all below it.
@@ -75,14 +84,14 @@ mod tests {
     fn what_has_changed_has_another_identity() {
         let place = tempfile::tempdir().unwrap();
         let path = place.path().join("root");
-        let source = Source::Archive(path.clone());
+        let source = Source::Path(path.clone());
         assert!(matches!(source.identity(), Err(SourceError::Read { .. })));
         fs::write(&path, "1").unwrap();
         let first = source.identity().unwrap();
         assert_eq!(source.identity().unwrap(), first);
         let other = place.path().join("other");
         fs::write(&other, "1").unwrap();
-        assert_ne!(Source::Archive(other.clone()).identity().unwrap(), first);
+        assert_ne!(Source::Path(other.clone()).identity().unwrap(), first);
         fs::rename(&other, &path).unwrap();
         assert_ne!(source.identity().unwrap(), first);
 
@@ -96,5 +105,12 @@ mod tests {
         assert_ne!(second, first);
         fs::rename(path.join("a/b/c"), path.join("a/b/d")).unwrap();
         assert_ne!(source.identity().unwrap(), second);
+
+        let saved = |name: Option<&str>| {
+            let name = name.map(str::to_owned);
+            Source::Saved { file: path.clone(), name }.identity().unwrap()
+        };
+        let [any, one, two] = [None, Some("one"), Some("two")].map(saved);
+        assert!(any != one && one != two && any != source.identity().unwrap());
     }
 }

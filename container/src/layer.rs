@@ -66,6 +66,9 @@ pub enum NameProblem {
     /// The map of a sparse file is wrong.
     #[error("its map of holes contradicts its size")]
     SparseMap,
+    /// It was there before.
+    #[error("it is there twice")]
+    Twice,
     /// A kind of entry that is not known.
     #[error("it is of the unknown kind {0:?}")]
     Kind(char),
@@ -297,7 +300,10 @@ pub fn refuse(name: &[u8], problem: NameProblem) -> LayerError {
 }
 
 /// The parts of a name, from the root on.
-fn parts(name: &[u8]) -> Result<Vec<&[u8]>, NameProblem> {
+///
+/// # Errors
+/// If it leaves the tree, or is longer or deeper than a name may be.
+pub fn parts(name: &[u8]) -> Result<Vec<&[u8]>, NameProblem> {
     let parts: Vec<&[u8]> =
         name.split(|byte| *byte == b'/').filter(|part| !part.is_empty() && *part != b".").collect();
     if parts.contains(&b"..".as_slice()) {

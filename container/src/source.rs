@@ -1,28 +1,32 @@
-//! What images are made of: OCI image layouts, and root file systems in a tar archive.
+//! What images are made of: OCI image layouts, archives of saved images ([`docker`]), and root file systems, in a folder or
+//! a tar archive.
 //!
-//! Of an image layout everything is read by its digest, and compared with it. Files of it are opened only if they are
-//! no symbolic links.
+//! Of an image layout everything is read by its digest, and compared with it.
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use rustix::fs::{CWD, Mode, OFlags, openat};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use crate::archive::ArchiveError;
 use crate::digest::Digest;
+use crate::docker;
+use crate::files::{Files, MAX_JSON};
+use crate::region::Region;
 
-/// Longest JSON file of a source, in bytes.
-const MAX_JSON: u64 = 4 << 20;
 /// Indexes may name indexes, so many deep.
 const MAX_INDEXES: usize = 4;
 /// Most layers of a source.
 pub const MAX_SOURCE_LAYERS: usize = 512;
 /// The annotation with a tag.
 const TAG: &str = "org.opencontainers.image.ref.name";
+/// The annotation with a whole name, by containerd and Docker.
+const NAME: &str = "io.containerd.image.name";
 
 /// Where an image comes from, as people write it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,18 +38,36 @@ pub enum Source {
         /// Which of its images.
         tag: Option<String>,
     },
-    /// A tar archive of a root file system, packed or not.
-    Archive(PathBuf),
+    /// `docker-archive:FILE[:NAME]`.
+    Saved {
+        /// The archive.
+        file: PathBuf,
+        /// Which of its images.
+        name: Option<String>,
+    },
+    /// A folder or a tar archive with a root file system, or an archive of a saved image.
+    Path(PathBuf),
 }
 
 impl FromStr for Source {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(saved) = text.strip_prefix("docker-archive:") {
+            let (file, name) =
+                saved.split_once(':').map_or((saved, None), |(file, name)| (file, Some(name.to_owned())));
+            if file.is_empty() || name.as_ref().is_some_and(String::is_empty) {
+                return Err("it is docker-archive:FILE or docker-archive:FILE:NAME".to_owned());
+            }
+            return Ok(Self::Saved { file: file.into(), name });
+        }
         let Some(layout) = text.strip_prefix("oci:") else {
             return match text {
-                "" => Err("it is oci:DIR[:TAG], or a tar archive".to_owned()),
-                path => Ok(Self::Archive(path.into())),
+                "" => {
+                    Err("it is oci:DIR[:TAG], docker-archive:FILE[:NAME], a folder or a tar archive"
+                        .to_owned())
+                }
+                path => Ok(Self::Path(path.into())),
             };
         };
         let (folder, tag) = match layout.rsplit_once(':') {
@@ -74,6 +96,35 @@ pub enum SourceError {
     /// A JSON file is longer than any image needs.
     #[error("{} has more than {MAX_JSON} bytes", .0.display())]
     Long(PathBuf),
+    /// An archive of images is refused.
+    #[error("{}: {source}", path.display())]
+    Archive {
+        /// The archive.
+        path: PathBuf,
+        /// Why.
+        source: ArchiveError,
+    },
+    /// It is no archive of images.
+    #[error("{} has no image in it: neither manifest.json nor index.json, or other files too", .0.display())]
+    NoImage(PathBuf),
+    /// What an image is made of is not there.
+    #[error("{} has no file {name:?}", path.display())]
+    NotInArchive {
+        /// The archive.
+        path: PathBuf,
+        /// What is missing.
+        name: String,
+    },
+    /// Not as long as its descriptor says.
+    #[error("blob {digest} has {found} bytes, not {expected}")]
+    Size {
+        /// Of what.
+        digest: Digest,
+        /// What it has.
+        found: u64,
+        /// What it should have.
+        expected: u64,
+    },
     /// Not what its digest says.
     #[error("{what} does not match its digest: it is {found}, not {expected}")]
     Digest {
@@ -101,7 +152,7 @@ pub enum SourceError {
         found: String,
     },
     /// Several images, and no tag that chooses one.
-    #[error("there are several images; choose one with oci:DIR:TAG: {0}")]
+    #[error("there are several images; choose one with oci:DIR:TAG or docker-archive:FILE:NAME: {0}")]
     Several(String),
     /// For another machine.
     #[error("the image is for {0}, not for amd64 and linux")]
@@ -127,10 +178,28 @@ pub enum SourceError {
 pub struct Packed {
     /// What messages call it.
     pub name: String,
-    /// Its file.
-    pub file: File,
-    /// Digest of the file, and of what is packed in it.
-    pub digests: Option<(Digest, Digest)>,
+    /// Where it is.
+    pub contents: Contents,
+}
+
+/// Where the names and files of a layer are.
+#[derive(Debug)]
+pub enum Contents {
+    /// In a tar archive, packed or not, with its digest and that of what is packed in it, as far as they are known.
+    Archive(Region, Digests),
+    /// In a tar archive that may be a pipe.
+    Stream(File),
+    /// In a folder.
+    Folder(OwnedFd),
+}
+
+/// What a layer's archive must be.
+#[derive(Clone, Copy, Debug)]
+pub struct Digests {
+    /// Digest of the file.
+    pub packed: Option<Digest>,
+    /// Digest of what is packed in it.
+    pub unpacked: Digest,
 }
 
 /// What an image says of its process (`config` of an OCI image configuration).
@@ -173,6 +242,7 @@ struct Descriptor {
     #[serde(default)]
     media_type: String,
     digest: Digest,
+    size: Option<u64>,
     platform: Option<Platform>,
     #[serde(default)]
     annotations: std::collections::BTreeMap<String, String>,
@@ -202,8 +272,9 @@ struct ImageManifest {
     layers: Vec<Descriptor>,
 }
 
+/// What an image says of itself.
 #[derive(Deserialize)]
-struct ImageConfig {
+pub(crate) struct ImageConfig {
     #[serde(flatten)]
     platform: Platform,
     #[serde(default)]
@@ -217,109 +288,170 @@ struct RootFs {
 }
 
 impl Source {
-    /// Finds the layers.
+    /// Finds the layers. An archive of images that is packed is unpacked in `scratch`, to at most `max_unpacked` bytes.
     ///
     /// # Errors
     /// If the source is refused.
-    pub fn open(&self) -> Result<Opened, SourceError> {
+    pub fn open(&self, scratch: &Path, max_unpacked: u64) -> Result<Opened, SourceError> {
         match self {
-            Self::Layout { folder, tag } => open_layout(folder, tag.as_deref()),
-            Self::Archive(path) => {
-                let read = |source| SourceError::Read { path: path.clone(), source };
-                let file = File::open(path).map_err(read)?;
-                if file.metadata().map_err(read)?.is_dir() {
-                    return Err(read(io::ErrorKind::IsADirectory.into()));
-                }
-                let layer = Packed { name: path.display().to_string(), file, digests: None };
-                Ok(Opened { layers: vec![layer], defaults: Defaults::default(), whiteouts: false })
+            Self::Layout { folder, tag } => open_layout(&Files::Folder(folder.clone()), tag.as_deref()),
+            Self::Saved { file, name } => {
+                let opened =
+                    File::open(file).map_err(|source| SourceError::Read { path: file.clone(), source })?;
+                let files = docker::files(file, opened, scratch, max_unpacked)?;
+                open_saved(&files.ok_or_else(|| SourceError::NoImage(file.clone()))?, name.as_deref())
             }
+            Self::Path(path) => open_path(path, scratch, max_unpacked),
         }
     }
 }
 
-/// The digest of the image's manifest, by which the layout is addressed.
-pub(crate) fn layout_digest(folder: &Path, tag: Option<&str>) -> Result<Digest, SourceError> {
-    let index: Index = parse("index.json", &read_json(&folder.join("index.json"))?)?;
-    Ok(choose(folder, index, tag, 0)?.digest)
+fn open_path(path: &Path, scratch: &Path, max_unpacked: u64) -> Result<Opened, SourceError> {
+    let read = |source| SourceError::Read { path: path.to_owned(), source };
+    let file = File::open(path).map_err(read)?;
+    let metadata = file.metadata().map_err(read)?;
+    let contents = if metadata.is_dir() {
+        Contents::Folder(file.into())
+    } else {
+        // A pipe can be read only once.
+        if metadata.is_file() {
+            let file = file.try_clone().map_err(read)?;
+            if let Some(files) = docker::files(path, file, scratch, max_unpacked)? {
+                return open_saved(&files, None);
+            }
+        }
+        Contents::Stream(file)
+    };
+    let layer = Packed { name: path.display().to_string(), contents };
+    Ok(Opened { layers: vec![layer], defaults: Defaults::default(), whiteouts: false })
 }
 
-fn open_layout(folder: &Path, tag: Option<&str>) -> Result<Opened, SourceError> {
-    let manifest: ImageManifest = read_blob(folder, &layout_digest(folder, tag)?)?;
-    let config: ImageConfig = read_blob(folder, &manifest.config.digest)?;
+/// An archive may have both forms; that of OCI says more.
+fn open_saved(files: &Files, name: Option<&str>) -> Result<Opened, SourceError> {
+    if files.has("index.json") { open_layout(files, name) } else { docker::open(files, name) }
+}
+
+/// The digest of the image's manifest, by which the layout is addressed.
+pub(crate) fn layout_digest(folder: &Path, tag: Option<&str>) -> Result<Digest, SourceError> {
+    Ok(find(&Files::Folder(folder.to_owned()), tag)?.digest)
+}
+
+/// The manifest of the image that is meant.
+fn find(files: &Files, tag: Option<&str>) -> Result<Descriptor, SourceError> {
+    choose(files, parse("index.json", &files.read("index.json")?)?, tag, 0)
+}
+
+fn open_layout(files: &Files, tag: Option<&str>) -> Result<Opened, SourceError> {
+    let manifest: ImageManifest = read_blob(files, &find(files, tag)?)?;
+    let config = read_blob(files, &manifest.config)?;
+    if manifest.layers.len() > MAX_SOURCE_LAYERS {
+        return Err(SourceError::Layers(manifest.layers.len()));
+    }
+    for layer in &manifest.layers {
+        layer.check_size(files.open(&blob(&layer.digest))?.size())?;
+    }
+    let layers = manifest.layers.iter().map(|layer| (blob(&layer.digest), Some(layer.digest)));
+    opened(files, config, layers.collect())
+}
+
+/// The image of a configuration, and layers with their digests, if they are known.
+pub(crate) fn opened(
+    files: &Files,
+    config: ImageConfig,
+    layers: Vec<(String, Option<Digest>)>,
+) -> Result<Opened, SourceError> {
     if !config.platform.is_ours() {
         return Err(SourceError::Platform(config.platform.to_string()));
     }
-    let (layers, diff_ids) = (manifest.layers.len(), config.rootfs.diff_ids.len());
-    if layers != diff_ids {
-        return Err(SourceError::Counts { layers, diff_ids });
+    let (count, diff_ids) = (layers.len(), config.rootfs.diff_ids.len());
+    if count != diff_ids {
+        return Err(SourceError::Counts { layers: count, diff_ids });
     }
-    if layers > MAX_SOURCE_LAYERS {
-        return Err(SourceError::Layers(layers));
+    if count > MAX_SOURCE_LAYERS {
+        return Err(SourceError::Layers(count));
     }
-    let packed = manifest.layers.iter().zip(config.rootfs.diff_ids).map(|(layer, diff_id)| {
-        let path = blob(folder, &layer.digest);
-        let file = open_file(&path).map_err(|source| SourceError::Read { path, source })?;
-        Ok(Packed { name: format!("layer {}", layer.digest), file, digests: Some((layer.digest, diff_id)) })
+    let packed = layers.into_iter().zip(config.rootfs.diff_ids).map(|((name, packed), unpacked)| {
+        let contents = Contents::Archive(files.open(&name)?, Digests { packed, unpacked });
+        let name = packed.map_or(format!("layer {name}"), |digest| format!("layer {digest}"));
+        Ok(Packed { name, contents })
     });
     let layers = packed.collect::<Result<_, SourceError>>()?;
     Ok(Opened { layers, defaults: config.config.unwrap_or_default(), whiteouts: true })
 }
 
-/// The manifest of the image that is meant.
-fn choose(folder: &Path, index: Index, tag: Option<&str>, depth: usize) -> Result<Descriptor, SourceError> {
+/// The same of an index that one names.
+fn choose(files: &Files, index: Index, tag: Option<&str>, depth: usize) -> Result<Descriptor, SourceError> {
     if depth > MAX_INDEXES {
         return Err(SourceError::Nested);
     }
-    let tags: Vec<&str> =
-        index.manifests.iter().filter_map(|one| one.annotations.get(TAG)).map(String::as_str).collect();
-    let tags = tags.join(", ");
+    let names: Vec<&str> = index.manifests.iter().filter_map(Descriptor::name).collect();
+    let names = names.join(", ");
     let fits = |one: &&Descriptor| {
-        let tagged = tag.is_none_or(|tag| one.annotations.get(TAG).is_some_and(|own| own == tag));
-        tagged && one.platform.as_ref().is_none_or(Platform::is_ours)
+        tag.is_none_or(|tag| one.is_named(tag)) && one.platform.as_ref().is_none_or(Platform::is_ours)
     };
     let mut fitting = index.manifests.iter().filter(fits);
     let Some(one) = fitting.next() else {
-        return Err(SourceError::None { wanted: tag.unwrap_or("at all").to_owned(), found: tags });
+        return Err(SourceError::None { wanted: tag.unwrap_or("at all").to_owned(), found: names });
     };
     if fitting.next().is_some_and(|other| other.digest != one.digest) {
-        return Err(SourceError::Several(tags));
+        return Err(SourceError::Several(names));
     }
     let is_index =
         one.media_type.ends_with("image.index.v1+json") || one.media_type.ends_with("manifest.list.v2+json");
     if is_index {
-        return choose(folder, read_blob(folder, &one.digest)?, None, depth + 1);
+        return choose(files, read_blob(files, one)?, None, depth + 1);
     }
     Ok(one.clone())
 }
 
-fn blob(folder: &Path, digest: &Digest) -> PathBuf {
-    folder.join("blobs/sha256").join(digest.hex())
+impl Descriptor {
+    /// What people call it.
+    fn name(&self) -> Option<&str> {
+        self.annotations.get(NAME).or_else(|| self.annotations.get(TAG)).map(String::as_str)
+    }
+
+    fn is_named(&self, name: &str) -> bool {
+        self.annotations.get(TAG).is_some_and(|own| own == name)
+            || self.annotations.get(NAME).is_some_and(|own| same_name(own, name))
+    }
+
+    fn check_size(&self, found: u64) -> Result<(), SourceError> {
+        match self.size {
+            Some(expected) if expected != found => {
+                Err(SourceError::Size { digest: self.digest, found, expected })
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
-fn read_blob<T: DeserializeOwned>(folder: &Path, expected: &Digest) -> Result<T, SourceError> {
-    let bytes = read_json(&blob(folder, expected))?;
+/// Whether two names of images, written out or not, are the same: `debian`, `debian:latest`, `docker.io/library/debian:latest`.
+pub(crate) fn same_name(one: &str, other: &str) -> bool {
+    let plain = |name: &str| {
+        let name = name.strip_prefix("docker.io/").unwrap_or(name);
+        let name = name.strip_prefix("library/").unwrap_or(name);
+        let tagged = name.rsplit('/').next().is_some_and(|last| last.contains([':', '@']));
+        if tagged { name.to_owned() } else { format!("{name}:latest") }
+    };
+    plain(one) == plain(other)
+}
+
+fn blob(digest: &Digest) -> String {
+    format!("blobs/sha256/{}", digest.hex())
+}
+
+fn read_blob<T: DeserializeOwned>(files: &Files, descriptor: &Descriptor) -> Result<T, SourceError> {
+    let expected = descriptor.digest;
+    let bytes = files.read(&blob(&expected))?;
+    descriptor.check_size(bytes.len() as u64)?;
     let what = format!("blob {expected}");
     let found = Digest::of(&bytes);
-    if found != *expected {
-        return Err(SourceError::Digest { what, found, expected: *expected });
+    if found != expected {
+        return Err(SourceError::Digest { what, found, expected });
     }
     parse(&what, &bytes)
 }
 
-fn parse<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, SourceError> {
+pub(crate) fn parse<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, SourceError> {
     serde_json::from_slice(bytes).map_err(|source| SourceError::Json { what: what.to_owned(), source })
-}
-
-fn read_json(path: &Path) -> Result<Vec<u8>, SourceError> {
-    let mut bytes = Vec::new();
-    let result = open_file(path).and_then(|file| file.take(MAX_JSON + 1).read_to_end(&mut bytes));
-    result.map_err(|source| SourceError::Read { path: path.to_owned(), source })?;
-    if bytes.len() as u64 > MAX_JSON { Err(SourceError::Long(path.to_owned())) } else { Ok(bytes) }
-}
-
-/// Opens a file of a layout, without following a symbolic link or waiting for the other end of a pipe.
-fn open_file(path: &Path) -> io::Result<File> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = File::from(openat(CWD, path, flags, Mode::empty())?);
-    if file.metadata()?.is_file() { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) }
 }

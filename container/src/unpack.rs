@@ -16,8 +16,7 @@ const SKIPPABLE: u32 = 0x184d_2a50;
 /// If the source cannot be read.
 pub fn unpack<'a>(mut source: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
     let first = peek(&mut source)?;
-    let is_gzip = first.starts_with(&GZIP);
-    let is_zstd = first == ZSTD || skippable(&first);
+    let (is_gzip, is_zstd) = (is_gzip(&first), is_zstd(&first));
     let source = Cursor::new(first).chain(source);
     Ok(if is_gzip {
         Box::new(MultiGzDecoder::new(source))
@@ -26,6 +25,23 @@ pub fn unpack<'a>(mut source: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> 
     } else {
         Box::new(source)
     })
+}
+
+/// Whether there is something to unpack in `source`.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn is_packed(mut source: impl Read) -> io::Result<bool> {
+    let first = peek(&mut source)?;
+    Ok(is_gzip(&first) || is_zstd(&first))
+}
+
+fn is_gzip(first: &[u8]) -> bool {
+    first.starts_with(&GZIP)
+}
+
+fn is_zstd(first: &[u8]) -> bool {
+    first == ZSTD || skippable(first)
 }
 
 /// The first four bytes, or fewer at the end.

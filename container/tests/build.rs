@@ -1,130 +1,19 @@
 //! Images from sources, and sources that are refused.
 #![allow(clippy::unwrap_used)] // helpers of tests fail by panicking
 
-use std::fs;
-use std::io::Write;
-use std::os::unix::fs::{FileTypeExt, symlink};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+mod support;
 
-use cofferdam_container::build::{Options, Summary, build, make_ready};
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, symlink};
+use std::path::Path;
+
+use cofferdam_container::build::{Options, build, make_ready};
 use cofferdam_container::digest::Digest;
 use cofferdam_container::image::{self, Image};
 use cofferdam_container::source::Source;
-use cofferdam_container_manifest::{Manifest, decode};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
-const FILE: u8 = b'0';
-const HARD_LINK: u8 = b'1';
-const SYMLINK: u8 = b'2';
-const DEVICE: u8 = b'3';
-const FOLDER: u8 = b'5';
-
-/// An entry of a tar archive, with the name as it stands here.
-fn entry(kind: u8, name: &str, target: &str, content: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![0; 512];
-    bytes[..name.len()].copy_from_slice(name.as_bytes());
-    bytes[100..107].copy_from_slice(if kind == FOLDER { b"0000755" } else { b"0000644" });
-    bytes[108..115].copy_from_slice(b"0000001");
-    bytes[116..123].copy_from_slice(b"0000002");
-    bytes[124..135].copy_from_slice(format!("{:011o}", content.len()).as_bytes());
-    bytes[136..147].copy_from_slice(b"00000000007");
-    bytes[148..156].fill(b' ');
-    bytes[156] = kind;
-    bytes[157..157 + target.len()].copy_from_slice(target.as_bytes());
-    bytes[257..265].copy_from_slice(b"ustar\x0000");
-    let sum: u32 = bytes.iter().map(|byte| u32::from(*byte)).sum();
-    bytes[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
-    bytes.extend(content);
-    bytes.resize(bytes.len().next_multiple_of(512), 0);
-    bytes
-}
-
-/// One with PAX records before it.
-fn pax(records: &[(&str, &[u8])], entry: Vec<u8>) -> Vec<u8> {
-    let mut text = Vec::new();
-    for (name, value) in records {
-        let rest = name.len() + value.len() + 3;
-        let length = (1..).find(|length| *length == rest + length.to_string().len()).unwrap();
-        text.extend(format!("{length} {name}=").bytes().chain(value.iter().copied()).chain(*b"\n"));
-    }
-    [self::entry(b'x', "pax", "", &text), entry].concat()
-}
-
-fn archive(entries: &[Vec<u8>]) -> Vec<u8> {
-    [&entries.concat()[..], &[0; 1024]].concat()
-}
-
-fn pack(program: &str, bytes: &[u8]) -> Vec<u8> {
-    let mut child =
-        Command::new(program).arg("-c").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let mut stdin = child.stdin.take().unwrap();
-    let bytes = bytes.to_vec();
-    let writer = std::thread::spawn(move || stdin.write_all(&bytes).unwrap());
-    let output = child.wait_with_output().unwrap();
-    writer.join().unwrap();
-    output.stdout
-}
-
-/// An image layout in a folder of its own.
-struct Layout(TempDir);
-
-impl Layout {
-    fn new() -> Self {
-        let place = tempfile::tempdir().unwrap();
-        fs::create_dir_all(place.path().join("layout/blobs/sha256")).unwrap();
-        Self(place)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn blob(&self, bytes: &[u8]) -> String {
-        let digest = Digest::of(bytes);
-        fs::write(self.path("layout/blobs/sha256").join(digest.hex()), bytes).unwrap();
-        digest.to_string()
-    }
-
-    /// An image of these layers, each as it is packed and as it is.
-    fn image(&self, layers: &[(Vec<u8>, Vec<u8>)], config: Value) {
-        let ids: Vec<String> = layers.iter().map(|(_, plain)| Digest::of(plain).to_string()).collect();
-        let blobs: Vec<Value> =
-            layers.iter().map(|(packed, _)| json!({"digest": self.blob(packed)})).collect();
-        let config =
-            json!({"architecture": "amd64", "os": "linux", "config": config, "rootfs": {"diff_ids": ids}});
-        self.manifest(&config, &blobs);
-    }
-
-    fn manifest(&self, config: &Value, blobs: &[Value]) {
-        let config = self.blob(config.to_string().as_bytes());
-        let manifest = json!({"config": {"digest": config}, "layers": blobs});
-        let digest = self.blob(manifest.to_string().as_bytes());
-        self.index(json!([{"digest": digest}]));
-    }
-
-    fn index(&self, manifests: Value) {
-        fs::write(self.path("layout/index.json"), json!({"manifests": manifests}).to_string()).unwrap();
-    }
-
-    fn source(&self) -> Source {
-        format!("oci:{}", self.path("layout").display()).parse().unwrap()
-    }
-
-    fn build(&self) -> Result<(Summary, Manifest), String> {
-        build_to(&self.source(), &self.path("out"), 1 << 30)
-    }
-}
-
-fn build_to(source: &Source, output: &Path, max_unpacked: u64) -> Result<(Summary, Manifest), String> {
-    let command = ["/bin/true".to_owned()];
-    let options = Options { output, store: None, max_unpacked };
-    let summary = build(source, &options, &command).map_err(|error| error.to_string())?;
-    let bytes = fs::read(output.join("manifest.json")).unwrap();
-    assert_eq!(Digest::of(&bytes), summary.digest);
-    Ok((summary, decode(&bytes).unwrap()))
-}
+use crate::support::*;
 
 /// Why an archive of these entries is refused.
 fn refused(entries: &[Vec<u8>]) -> String {
@@ -134,20 +23,6 @@ fn refused(entries: &[Vec<u8>]) -> String {
     let error = layout.build().unwrap_err();
     assert!(!layout.path("out/manifest.json").exists());
     error.split_once(": ").unwrap().1.to_owned()
-}
-
-/// Checks the layer, and extracts it.
-fn extract(output: &Path, root_hash: &str, to: &Path) {
-    let layer = output.join("layers").join(root_hash).join("layer.erofs");
-    let metadata = fs::read_to_string(layer.with_extension("erofs.dmverity")).unwrap();
-    let metadata: Value = serde_json::from_str(&metadata).unwrap();
-    assert_eq!(metadata["roothash"], root_hash);
-    let offset = format!("--hash-offset={}", metadata["hashoffset"]);
-    let mut verify = Command::new("/usr/sbin/veritysetup");
-    verify.arg("verify").args([&layer, &layer]).args([root_hash, &offset]);
-    assert!(verify.status().unwrap().success());
-    let to = format!("--extract={}", to.display());
-    assert!(Command::new("fsck.erofs").arg(to).arg(&layer).stdout(Stdio::null()).status().unwrap().success());
 }
 
 #[test]
@@ -400,7 +275,7 @@ fn which_image_is_meant() {
     layout.index(json!([tagged("one", digest), tagged("two", &other.clone().into())]));
     assert_eq!(
         layout.build().unwrap_err(),
-        "there are several images; choose one with oci:DIR:TAG: one, two"
+        "there are several images; choose one with oci:DIR:TAG or docker-archive:FILE:NAME: one, two"
     );
     let source: Source = format!("oci:{}:one", layout.path("layout").display()).parse().unwrap();
     build_to(&source, &layout.path("one"), 1 << 20).unwrap();

@@ -10,6 +10,7 @@ use arbitrary::Arbitrary;
 use cofferdam_container::archive::read_layer;
 use cofferdam_container::budget::Budget;
 use cofferdam_container::erofs::Image;
+use cofferdam_container::files::{Entry, entries};
 use cofferdam_container::layer::{Reading, Warnings};
 use cofferdam_container::spool::Spool;
 use cofferdam_container::tree::{Folder, Node};
@@ -17,8 +18,23 @@ use cofferdam_container::verity::VerityWriter;
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, memfd_create};
 
-const NAMES: [&str; 12] =
-    ["a", "a/b", "a/b/c", "a/", "./a", "../a", ".wh.a", "a/.wh.b", "a/.wh..wh..opq", ".wh..wh..opq", "/", ""];
+const NAMES: [&str; 15] = [
+    "a",
+    "a/b",
+    "a/b/c",
+    "a/",
+    "./a",
+    "../a",
+    ".wh.a",
+    "a/.wh.b",
+    "a/.wh..wh..opq",
+    ".wh..wh..opq",
+    "/",
+    "",
+    "blobs/sha256/a",
+    "manifest.json",
+    "index.json",
+];
 const RECORDS: [&str; 8] = [
     "path",
     "linkpath",
@@ -107,6 +123,15 @@ fuzz_target!(|layers: [Vec<Piece<'_>>; 2]| {
     let mut base = Folder::default();
     for pieces in layers {
         let bytes: Vec<u8> = pieces.iter().flat_map(Piece::encode).collect();
+        if let Ok(Some(entries)) = entries(&bytes[..], &Budget::new(1 << 20)) {
+            for entry in entries.values() {
+                let Entry::File(at, size) = entry else { continue };
+                assert!(
+                    at + size <= bytes.len() as u64,
+                    "the content of a saved image's file is in the archive"
+                );
+            }
+        }
         let mut reading = Reading::new(&base, true, &budget, &mut warnings);
         if read_layer(&bytes[..], &mut reading, &mut spool).is_err() {
             return;
