@@ -4,6 +4,8 @@
 //! when: its controller before the start of the domain, and the one after. The answer is an [`ActionResult`];
 //! the server makes a response of it: 204 of [`VmmData::Empty`], 200 of other data, 400 of an error.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -14,7 +16,7 @@ use crate::config::{BootSource, DomainConfig, Drive, MachineConfig, Serial, Vsoc
 use crate::draft::Draft;
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::requests::{DrivePatch, MachinePatch};
-use crate::status::{InstanceInfo, VmStatus};
+use crate::status::{ContainerStats, Executed, InstanceInfo, VmStatus};
 use crate::validate::ConfigError;
 
 /// What a client asks for.
@@ -72,6 +74,18 @@ pub enum VmmAction {
     Stop(Option<Duration>),
     /// `GET /vm/wait`: answered when the domain has stopped.
     Wait,
+    /// `/container/…`: a connection for the container's init, as a program of the host makes one.
+    ConnectGuest(GuestEnd),
+}
+
+/// The guest's end of a connection: a socket that is connected and does not block.
+#[derive(Clone, Debug)]
+pub struct GuestEnd(pub Arc<OwnedFd>);
+
+impl PartialEq for GuestEnd {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
 /// What the monitor answers when it has done what was asked.
@@ -94,6 +108,10 @@ pub enum VmmData {
     Host(Value),
     /// Of `GET /metrics`: Prometheus text.
     Metrics(String),
+    /// Of `POST /container/exec`.
+    Executed(Executed),
+    /// Of `GET /container/stats`.
+    Stats(ContainerStats),
 }
 
 /// The release of Firecracker whose interface this is.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use crate::confidential::{Confidential, HostData, PlatformChoice, SnpConfig};
+pub use crate::container::Container;
 use crate::json;
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::validate::ConfigError;
@@ -29,7 +30,11 @@ pub struct DomainConfig {
     /// Firecracker's has.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
-    /// The vsock device, if there is one.
+    /// The container, if there is one. Its drives come behind `drives`, which are then empty.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub container: Option<Container>,
+    /// The vsock device, if there is one. With a container there is one always, which the host's programs cannot reach
+    /// unless it is configured here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
     /// The serial console.
@@ -58,6 +63,13 @@ impl DomainConfig {
             return Err(ConfigError::TooLarge { size: json.len(), max: MAX_CONFIG_SIZE });
         }
         json::read(json).map_err(ConfigError::Json)
+    }
+
+    /// How many virtio devices the domain has.
+    pub fn device_count(&self) -> usize {
+        let of_container = self.container.as_ref().map_or(0, Container::drive_count);
+        let has_vsock = self.vsock.is_some() || self.container.is_some();
+        self.drives.len().saturating_add(of_container).saturating_add(usize::from(has_vsock))
     }
 
     /// The kernel command line that the guest gets: `boot_args` or

@@ -5,8 +5,8 @@ use serde::Serialize;
 
 use crate::actions::ActionError;
 use crate::config::{
-    BootSource, Confidential, DomainConfig, Drive, MachineConfig, Serial, Vsock, default_stop_timeout_ms,
-    root_first,
+    BootSource, Confidential, Container, DomainConfig, Drive, MachineConfig, Serial, Vsock,
+    default_stop_timeout_ms, root_first,
 };
 use crate::requests::{DrivePatch, MachinePatch};
 use crate::validate::ConfigError;
@@ -21,6 +21,8 @@ pub struct Draft {
     boot: Option<BootSource>,
     drives: Vec<Drive>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    container: Option<Container>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     vsock: Option<Vsock>,
     serial: Serial,
     confidential: Confidential,
@@ -33,6 +35,7 @@ impl Default for Draft {
             machine: MachineConfig::default(),
             boot: None,
             drives: Vec::new(),
+            container: None,
             vsock: None,
             serial: Serial::default(),
             confidential: Confidential::default(),
@@ -44,8 +47,19 @@ impl Default for Draft {
 impl From<DomainConfig> for Draft {
     fn from(config: DomainConfig) -> Self {
         // Where log and metrics go is the monitor's affair, not the domain's.
-        let DomainConfig { machine, boot, drives, vsock, serial, confidential, stop_timeout_ms, .. } = config;
-        Self { machine, boot: Some(boot), drives, vsock, serial, confidential, stop_timeout_ms }
+        let DomainConfig {
+            machine,
+            boot,
+            drives,
+            container,
+            vsock,
+            serial,
+            confidential,
+            stop_timeout_ms,
+            logger: _,
+            metrics: _,
+        } = config;
+        Self { machine, boot: Some(boot), drives, container, vsock, serial, confidential, stop_timeout_ms }
     }
 }
 
@@ -68,6 +82,16 @@ impl Draft {
     /// The drives, in the order of their slots.
     pub fn drives(&self) -> &[Drive] {
         &self.drives
+    }
+
+    /// The container.
+    pub fn container(&self) -> Option<&Container> {
+        self.container.as_ref()
+    }
+
+    /// How the domain is protected.
+    pub fn confidential(&self) -> &Confidential {
+        &self.confidential
     }
 
     /// The vsock device.
@@ -151,6 +175,7 @@ impl Draft {
             machine: self.machine.clone(),
             boot,
             drives: self.drives.clone(),
+            container: self.container.clone(),
             vsock: self.vsock.clone(),
             serial: self.serial.clone(),
             confidential: self.confidential.clone(),

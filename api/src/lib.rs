@@ -6,12 +6,13 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`config`], [`validate`], [`source`] | the configuration of a domain |
+//! | [`config`], [`container`], [`confidential`], [`validate`], [`source`] | the configuration of a domain |
 //! | [`observe`] | where the log and the metrics go |
 //! | [`draft`], [`requests`] | how clients put one together; other bodies of requests |
 //! | [`actions`] | everything that can be asked of a monitor |
 //! | [`router`], [`openapi`] | which request asks for what, and the document that says so |
 //! | `server` (a feature), `metrics` | HTTP on a Unix socket; what is counted of it |
+//! | `guest` | requests to the init of a container's domain |
 //! | `client` (a feature) | a blocking client of it |
 //! | [`status`] | what the monitor says of a domain |
 
@@ -31,7 +32,10 @@ pub mod actions;
 pub mod client;
 pub mod confidential;
 pub mod config;
+pub mod container;
 pub mod draft;
+#[cfg(feature = "server")]
+pub mod guest;
 pub mod hex;
 mod json;
 #[cfg(feature = "server")]

@@ -54,6 +54,7 @@ impl ApiMetrics {
         for (family, method) in [
             ("get_api_requests", "GET"),
             ("put_api_requests", "PUT"),
+            ("post_api_requests", "POST"),
             ("patch_api_requests", "PATCH"),
             ("delete_api_requests", "DELETE"),
         ] {

@@ -19,9 +19,9 @@ mod tests {
     use crate::config::{BootSource, DomainConfig, Drive, MachineConfig, Serial, Vsock};
     use crate::draft::Draft;
     use crate::observe::{LoggerConfig, MetricsConfig};
-    use crate::requests::{DrivePatch, InstanceAction, MachinePatch, StateChange};
+    use crate::requests::{DrivePatch, Exec, InstanceAction, Kill, MachinePatch, Resize, StateChange};
     use crate::router::{ROUTES, Route, TEXT};
-    use crate::status::{InstanceInfo, VmStatus};
+    use crate::status::{ContainerStats, Executed, InstanceInfo, VmStatus};
 
     fn add<T: JsonSchema>(generator: &mut SchemaGenerator) {
         generator.subschema_for::<T>();
@@ -34,16 +34,21 @@ mod tests {
         let mut generator = settings.into_generator();
         for add in [
             add::<BootSource>,
+            add::<ContainerStats>,
             add::<DomainConfig>,
             add::<Draft>,
             add::<Drive>,
             add::<DrivePatch>,
+            add::<Exec>,
+            add::<Executed>,
             add::<InstanceAction>,
             add::<InstanceInfo>,
+            add::<Kill>,
             add::<LoggerConfig>,
             add::<MachineConfig>,
             add::<MachinePatch>,
             add::<MetricsConfig>,
+            add::<Resize>,
             add::<Serial>,
             add::<StateChange>,
             add::<Version>,

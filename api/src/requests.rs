@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use crate::config::{Drive, MachineConfig, RateLimiter, TokenBucket};
-use crate::validate::ConfigError;
+use crate::validate::{ConfigError, check_id, check_range};
 use crate::wire::{WireMachine, vcpu_count};
 
 /// Body of `PUT /actions`.
@@ -98,5 +98,89 @@ impl DrivePatch {
             rate_limiter: Some(limits).filter(|limits| *limits != RateLimiter::default()),
             ..drive.clone()
         }
+    }
+}
+
+/// Body of `POST /container/exec`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Exec {
+    /// What later requests call the process: up to 64 letters, digits, `_` and `-`. The monitor finds one if it is left out.
+    #[serde(default)]
+    pub id: Option<String>,
+    /// The command: exactly one of the manifest's `host.exec`.
+    pub args: Vec<String>,
+    /// Whether its standard streams are one terminal, on `stdin_port`.
+    #[serde(default)]
+    pub terminal: bool,
+    /// Width of the terminal, characters.
+    #[serde(default)]
+    pub columns: u16,
+    /// Height of the terminal, characters.
+    #[serde(default)]
+    pub rows: u16,
+    /// Port of the host, as a program listens on it at `<uds_path>_<port>`, that is the process's standard input; 0: none.
+    #[serde(default)]
+    pub stdin_port: u32,
+    /// The same for standard output.
+    #[serde(default)]
+    pub stdout_port: u32,
+    /// The same for standard error.
+    #[serde(default)]
+    pub stderr_port: u32,
+}
+
+/// Body of `POST /container/kill`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Kill {
+    /// The process of an exec; left out, the container's own.
+    #[serde(default)]
+    pub id: Option<String>,
+    /// Name of the signal, as the manifest's `host.signals` has it: `TERM`.
+    pub signal: String,
+}
+
+/// Body of `POST /container/resize`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Resize {
+    /// The process of an exec; left out, the container's own.
+    #[serde(default)]
+    pub id: Option<String>,
+    /// Width of its terminal, characters.
+    pub columns: u16,
+    /// Height of its terminal, characters.
+    pub rows: u16,
+}
+
+/// Most arguments of a command.
+const ARGUMENTS: (u64, u64) = (1, 4096);
+/// Longest name of a signal, characters.
+const SIGNAL: (u64, u64) = (1, 16);
+
+impl Exec {
+    /// Checks what needs no guest.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.id.as_deref().map_or(Ok(()), |id| check_id("id", id))?;
+        check_range("args", self.args.len() as u64, ARGUMENTS)
+    }
+}
+
+impl Kill {
+    /// Checks what needs no guest.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.id.as_deref().map_or(Ok(()), |id| check_id("id", id))?;
+        check_range("signal", self.signal.len() as u64, SIGNAL)
+    }
+}
+
+impl Resize {
+    /// Checks what needs no guest.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.id.as_deref().map_or(Ok(()), |id| check_id("id", id))
     }
 }

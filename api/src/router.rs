@@ -12,9 +12,12 @@ use crate::actions::VmmAction;
 use crate::config::{BootSource, DomainConfig, Drive, MachineConfig, Serial, Vsock};
 use crate::json;
 use crate::observe::{LoggerConfig, MetricsConfig};
-use crate::requests::{ActionType, DrivePatch, InstanceAction, MachinePatch, StateChange, WantedState};
+use crate::requests::{
+    ActionType, DrivePatch, Exec, InstanceAction, Kill, MachinePatch, Resize, StateChange, WantedState,
+};
+use crate::validate::ConfigError;
 
-/// Longest `timeout_ms` of `GET /vm/wait` and `DELETE /vm`, milliseconds: a day.
+/// Longest `timeout_ms` of any request, milliseconds: a day.
 pub const MAX_TIMEOUT_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// What [`Route::answer`] is for one that answers with text and not with JSON.
@@ -27,8 +30,23 @@ pub enum Call {
     Act(VmmAction),
     /// The end of the domain, or its status after that time.
     Wait(Option<Duration>),
+    /// A request to the container's init.
+    Container(ContainerCall),
     /// The OpenAPI document.
     Document,
+}
+
+/// What can be asked of a container's init.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ContainerCall {
+    /// A further process, and how long its end is waited for.
+    Exec(Exec, Option<Duration>),
+    /// A signal.
+    Kill(Kill),
+    /// Another size of a terminal.
+    Resize(Resize),
+    /// What the container uses.
+    Stats,
 }
 
 /// Why a request asks for nothing that there is.
@@ -49,6 +67,9 @@ pub enum RouteError {
     /// The body is not what the route reads.
     #[error("An error occurred when deserializing the json body of a request: {0}.")]
     Json(String),
+    /// The body has a value that makes no sense.
+    #[error("{0}")]
+    Value(#[from] ConfigError),
     /// Path and body name two drives.
     #[error("The id from the path [{path}] does not match the id from the body [{body}]!")]
     TwoIds {
@@ -295,6 +316,51 @@ pub const ROUTES: &[Route] = &[
         answer: None,
         parse: |request| act(VmmAction::Stop(request.timeout()?)),
     },
+    Route {
+        method: "POST",
+        path: "/container/exec",
+        counted: "container_exec",
+        summary: "Runs a command beside the container's process; answers when it has ended, or at the time-out",
+        body: Some("Exec"),
+        query: Some(("timeout_ms", "integer")),
+        answer: Some("Executed"),
+        parse: |request| {
+            let exec = request.body::<Exec>()?;
+            exec.validate()?;
+            Ok(Call::Container(ContainerCall::Exec(exec, request.timeout()?)))
+        },
+    },
+    Route::change(
+        "POST",
+        "/container/kill",
+        "container_kill",
+        "Sends a signal to the container's process, or to that of an exec",
+        "Kill",
+        |request| {
+            let kill = request.body::<Kill>()?;
+            kill.validate()?;
+            Ok(Call::Container(ContainerCall::Kill(kill)))
+        },
+    ),
+    Route::change(
+        "POST",
+        "/container/resize",
+        "container_resize",
+        "Changes the size of a terminal",
+        "Resize",
+        |request| {
+            let resize = request.body::<Resize>()?;
+            resize.validate()?;
+            Ok(Call::Container(ContainerCall::Resize(resize)))
+        },
+    ),
+    Route::get(
+        "/container/stats",
+        "container_stats",
+        "What the container uses, and what its init has refused",
+        "ContainerStats",
+        |_| Ok(Call::Container(ContainerCall::Stats)),
+    ),
 ];
 
 /// What Firecracker has and this monitor has not, by the first segment of the path; and what to use instead.

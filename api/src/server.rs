@@ -18,7 +18,7 @@ use std::convert::Infallible;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -38,10 +38,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
-use crate::actions::{ActionError, ActionResult, VmmAction, VmmData};
+use crate::actions::{ActionError, ActionResult, GuestEnd, VmmAction, VmmData};
+use crate::guest::{self, Guest, GuestError};
 use crate::metrics::ApiMetrics;
 use crate::openapi::DOCUMENT;
-use crate::router::{self, Call};
+use crate::router::{self, Call, ContainerCall};
 
 /// Largest body that is read when nothing else is said, bytes. It is Firecracker's.
 pub const DEFAULT_MAX_PAYLOAD: usize = 51_200;
@@ -55,6 +56,9 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_CONNECTIONS: usize = 128;
 /// Most requests that the monitor has yet to answer: those of all connections, and as many whose clients have gone.
 const MAX_REQUESTS: usize = 2 * MAX_CONNECTIONS;
+/// Most requests to the container's init at a time. Guests may answer late or never, so they must not take up all
+/// connections.
+const MAX_CONTAINER_CALLS: usize = MAX_CONNECTIONS / 2;
 /// How long answers under way may take when the server ends.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Pause after a connection could not be accepted, mostly for want of descriptors.
@@ -150,7 +154,15 @@ impl Server {
             let _ = tell.send(result);
             if go_on {
                 let places = Arc::new(Semaphore::new(MAX_REQUESTS));
-                let service = Service { max_payload, metrics, deliver, places };
+                let container_places = Arc::new(Semaphore::new(MAX_CONTAINER_CALLS));
+                let service = Service {
+                    max_payload,
+                    metrics,
+                    deliver,
+                    places,
+                    container_places,
+                    next_exec: Arc::default(),
+                };
                 runtime.block_on(serve(listener, service, stopped));
             }
         })?;
@@ -243,6 +255,10 @@ struct Service {
     deliver: Deliver,
     /// As many as there can be more requests.
     places: Arc<Semaphore>,
+    /// As many as there can be more requests to the container's init.
+    container_places: Arc<Semaphore>,
+    /// Number of the next process whose client has no name for it.
+    next_exec: Arc<AtomicU64>,
 }
 
 impl Service {
@@ -259,7 +275,7 @@ impl Service {
         self.metrics.asked(route);
         let start = Instant::now();
         let call = router::route(head.method.as_str(), head.uri.path(), head.uri.query(), &body);
-        let is_wait = matches!(call, Ok(Call::Wait(_)));
+        let is_wait = matches!(call, Ok(Call::Wait(_) | Call::Container(ContainerCall::Exec(..))));
         let response = match call {
             Ok(call) => self.call(call, waits).await,
             Err(error) => fault(&error.to_string()),
@@ -278,6 +294,7 @@ impl Service {
         let result = match call {
             Call::Act(action) => self.act(action).await,
             Call::Wait(time) => self.wait(time).await,
+            Call::Container(call) => self.container(call).await,
             Call::Document => {
                 waits.store(false, Ordering::Relaxed);
                 return json_response(StatusCode::OK, DOCUMENT);
@@ -304,6 +321,30 @@ impl Service {
         }
     }
 
+    async fn container(&self, call: ContainerCall) -> ActionResult {
+        let _place = self.container_places.try_acquire().map_err(|_| ActionError::Busy)?;
+        let (ours, theirs) = UnixStream::pair().map_err(GuestError::from)?;
+        let theirs = GuestEnd(Arc::new(theirs.into_std().map_err(GuestError::from)?.into()));
+        self.act(VmmAction::ConnectGuest(theirs)).await?;
+        let mut guest = Guest::connect(ours).await?;
+        Ok(match call {
+            ContainerCall::Exec(exec, time) => {
+                let number = || self.next_exec.fetch_add(1, Ordering::Relaxed);
+                let id = exec.id.clone().unwrap_or_else(|| format!("exec-{}", number()));
+                VmmData::Executed(guest::execute(&mut guest, id, exec, time).await?)
+            }
+            ContainerCall::Kill(kill) => {
+                guest::kill(&mut guest, kill).await?;
+                VmmData::Empty
+            }
+            ContainerCall::Resize(resize) => {
+                guest::resize(&mut guest, resize).await?;
+                VmmData::Empty
+            }
+            ContainerCall::Stats => VmmData::Stats(guest::stats(&mut guest).await?),
+        })
+    }
+
     async fn read(&self, body: Incoming) -> Result<Bytes, String> {
         let limit = self.max_payload;
         let size = body.size_hint().lower();
@@ -324,6 +365,12 @@ impl Service {
         let (reply, answer) = Reply::with_place(Some(place));
         (self.deliver)(Envelope { action, reply });
         answer.wait().await
+    }
+}
+
+impl From<GuestError> for ActionError {
+    fn from(error: GuestError) -> Self {
+        Self::Failed(error.to_string())
     }
 }
 

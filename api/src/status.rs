@@ -85,6 +85,62 @@ pub struct Identity {
     pub policy: Option<String>,
 }
 
+/// What is known of the container in a domain. Digest and protection are the monitor's own knowledge; step and failure
+/// are what the guest says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct ContainerStatus {
+    /// SHA-256 of its manifest, in hexadecimal: the domain's host data.
+    pub manifest_digest: String,
+    /// Whether nothing but this host's word binds that manifest to the domain, as its platform protects nothing.
+    pub asserted_by_host: bool,
+    /// How far the domain's init has come: `pseudo_file_systems`, `modules`, `manifest`, `layers`, `scratch`, `root`,
+    /// `process`, `running`, `stopping`; null before all of these.
+    pub step: Option<String>,
+    /// What failed in it; null if nothing did.
+    pub failure: Option<ContainerFailure>,
+}
+
+/// A failure that the init of a container's domain has reported: what the domain ended of, else the first one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct ContainerFailure {
+    /// In which step.
+    pub step: String,
+    /// Why, in one word: `verity_failure`.
+    pub reason: Option<String>,
+    /// Of what: `layer 2`, the first one being 0.
+    pub object: Option<String>,
+    /// All of it for a person: `layers: layer 2 verity failure`.
+    pub message: String,
+}
+
+/// Answer of `POST /container/exec`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Executed {
+    /// What the process is called.
+    pub id: String,
+    /// Its exit code, or 128 and the number of the signal that ended it; null: it runs still.
+    pub exit_code: Option<u8>,
+}
+
+/// Answer of `GET /container/stats`: what the guest says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct ContainerStats {
+    /// Processor time of all processes, microseconds.
+    pub cpu_us: u64,
+    /// Memory in use, bytes.
+    pub memory_bytes: u64,
+    /// All memory of the guest, bytes.
+    pub memory_total_bytes: u64,
+    /// Processes and threads of the container.
+    pub processes: u32,
+    /// Requests that the manifest does not grant: what was asked for (`Exec`, `Signal` …), and how often.
+    pub refused: BTreeMap<String, u64>,
+}
+
 /// How a domain ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
@@ -95,6 +151,9 @@ pub struct Outcome {
     /// What it is.
     #[serde(flatten)]
     pub identity: Identity,
+    /// The container in it; null without one.
+    #[serde(default)]
+    pub container: Option<Box<ContainerStatus>>,
     /// Why it stopped.
     pub exit_reason: ExitReason,
     /// The guest's exit code, if it gave one.
@@ -156,6 +215,9 @@ pub struct VmStatus {
     /// What it is.
     #[serde(flatten)]
     pub identity: Identity,
+    /// The container in it; null without one.
+    #[serde(default)]
+    pub container: Option<Box<ContainerStatus>>,
     /// Why it stopped; null before that.
     pub exit_reason: Option<ExitReason>,
     /// The guest's exit code, if it gave one.
@@ -175,6 +237,7 @@ impl VmStatus {
             platform: outcome.platform,
             protected: outcome.protected,
             identity: outcome.identity,
+            container: outcome.container,
             exit_reason: Some(outcome.exit_reason),
             exit_code: outcome.exit_code,
             message: Some(outcome.message),
@@ -194,6 +257,11 @@ pub enum Event {
         /// Whether the platform protects it.
         protected: bool,
     },
+    /// Init of a container's domain has come further than before.
+    Step {
+        /// The step, as in [`ContainerStatus`].
+        step: String,
+    },
     /// The domain ended, or was refused; the last line.
     Stopped(Outcome),
 }
@@ -207,10 +275,25 @@ mod tests {
             platform: Some(Platform::Plain),
             protected: false,
             identity: Identity::default(),
+            container: None,
             exit_reason,
             exit_code,
             message: "m".into(),
             phases: Phases::from([("user_space".into(), 7)]),
+        }
+    }
+
+    fn container() -> ContainerStatus {
+        ContainerStatus {
+            manifest_digest: "00".into(),
+            asserted_by_host: true,
+            step: Some("running".into()),
+            failure: Some(ContainerFailure {
+                step: "running".into(),
+                reason: Some("verity_failure".into()),
+                object: Some("layer 2".into()),
+                message: "running: layer 2 verity failure".into(),
+            }),
         }
     }
 
@@ -241,7 +324,7 @@ mod tests {
         let text = serde_json::to_string(&outcome(ExitReason::PowerOff, None)).unwrap();
         assert_eq!(
             text,
-            r#"{"platform":"plain","protected":false,"image_hash":null,"manifest_hash":null,"predicted_digests":{},"digest":null,"policy":null,"exit_reason":"power_off","exit_code":null,"message":"m","phases":{"user_space":7}}"#
+            r#"{"platform":"plain","protected":false,"image_hash":null,"manifest_hash":null,"predicted_digests":{},"digest":null,"policy":null,"container":null,"exit_reason":"power_off","exit_code":null,"message":"m","phases":{"user_space":7}}"#
         );
     }
 
@@ -249,7 +332,11 @@ mod tests {
     fn events_round_trip() {
         let events = [
             Event::Running { platform: Platform::Plain, protected: false },
-            Event::Stopped(outcome(ExitReason::Stopped, Some(3))),
+            Event::Step { step: "layers".into() },
+            Event::Stopped(Outcome {
+                container: Some(container().into()),
+                ..outcome(ExitReason::Stopped, Some(3))
+            }),
         ];
         for event in events {
             let text = serde_json::to_string(&event).unwrap();

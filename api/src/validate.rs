@@ -9,11 +9,10 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 pub use checks::check_id;
-pub(crate) use checks::check_path;
-use checks::{check_range, check_text};
+pub(crate) use checks::{check_path, check_range, check_text};
 pub use error::ConfigError;
 
-use crate::config::DomainConfig;
+use crate::config::{Container, DomainConfig};
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::source::Source;
 
@@ -43,6 +42,7 @@ impl DomainConfig {
         self.boot.validate()?;
         self.validate_command_line()?;
         self.validate_drives()?;
+        self.validate_container()?;
         if let Some(vsock) = &self.vsock {
             vsock.validate()?;
         }
@@ -84,7 +84,21 @@ impl DomainConfig {
         let drives = self.drives.iter().enumerate();
         let drives = drives
             .map(|(index, drive)| (format!("drives[{index}].path_on_host"), drive.path_on_host.as_path()));
-        named.chain(drives).collect()
+        let container = self.container.as_ref().map(Container::paths).unwrap_or_default();
+        named.chain(drives).chain(container).collect()
+    }
+
+    /// The guest refuses drives that the manifest does not have.
+    fn validate_container(&self) -> Result<(), ConfigError> {
+        let Some(container) = &self.container else { return Ok(()) };
+        let conflict = |field: &str, reason| Err(ConfigError::Conflict { field: field.to_owned(), reason });
+        if self.boot.image_path.is_none() {
+            return conflict("container", "needs an image: boot-source.image_path");
+        }
+        if !self.drives.is_empty() {
+            return conflict("drives", "the domain of a container has its container's drives only");
+        }
+        container.validate()
     }
 
     fn validate_command_line(&self) -> Result<(), ConfigError> {
@@ -98,7 +112,7 @@ impl DomainConfig {
     }
 
     fn validate_drives(&self) -> Result<(), ConfigError> {
-        let count = self.drives.len().saturating_add(usize::from(self.vsock.is_some()));
+        let count = self.device_count();
         if count > MAX_DEVICES {
             return Err(ConfigError::TooManyDevices { count });
         }

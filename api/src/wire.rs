@@ -10,8 +10,9 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::config::{
-    BootSource, CacheType, Confidential, DomainConfig, Drive, IoEngine, MachineConfig, RateLimiter, Serial,
-    SerialMode, TokenBucket, Vsock, default_block_size, default_stop_timeout_ms, root_first,
+    BootSource, CacheType, Confidential, Container, DomainConfig, Drive, IoEngine, MachineConfig,
+    RateLimiter, Serial, SerialMode, TokenBucket, Vsock, default_block_size, default_stop_timeout_ms,
+    root_first,
 };
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::requests::MachinePatch;
@@ -27,6 +28,8 @@ pub(crate) struct WireDomain {
     boot: BootSource,
     #[serde(default)]
     drives: Vec<Drive>,
+    #[serde(default)]
+    container: Option<Container>,
     #[serde(default)]
     vsock: Option<Vsock>,
     #[serde(default)]
@@ -82,6 +85,7 @@ impl TryFrom<WireDomain> for DomainConfig {
             machine: wire.machine,
             boot: wire.boot,
             drives,
+            container: wire.container,
             vsock: wire.vsock,
             serial: wire.serial.unwrap_or_default(),
             confidential: wire.confidential,

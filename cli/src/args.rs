@@ -400,6 +400,7 @@ impl RunArgs {
                 .enumerate()
                 .map(|(index, drive)| drive.into_drive(index))
                 .collect(),
+            container: None,
             vsock: self.vsock.clone().map(|uds_path| Vsock { guest_cid: self.guest_cid, uds_path }),
             serial: self.console.serial(),
             confidential: Confidential {

@@ -217,6 +217,7 @@ fn outcome(status: VmStatus) -> Outcome {
         platform: status.platform,
         protected: status.protected,
         identity: status.identity,
+        container: status.container,
         // One that has stopped has a reason.
         exit_reason: status.exit_reason.unwrap_or(ExitReason::MonitorError),
         exit_code: status.exit_code,
@@ -231,6 +232,7 @@ fn without_a_word() -> Outcome {
         platform: None,
         protected: false,
         identity: Default::default(),
+        container: None,
         exit_reason: ExitReason::MonitorError,
         exit_code: None,
         message: "the monitor ended without saying how".to_owned(),

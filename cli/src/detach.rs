@@ -69,6 +69,8 @@ fn wait_for(args: &RunArgs, child: u32, pipe: File) -> u8 {
         }
         (Ok(Event::Stopped(outcome)), _) => outcome,
         (_, Err(message)) => refused(message),
+        // The first thing to be told is neither.
+        (Ok(Event::Step { .. }), _) => refused("the process in the background speaks out of turn".to_owned()),
         (Err(message), _) => {
             let mut outcome = refused(message);
             outcome.exit_reason = ExitReason::MonitorError;

@@ -158,6 +158,7 @@ mod tests {
             platform: Some(Platform::Plain),
             protected: false,
             identity: Default::default(),
+            container: None,
             exit_reason: None,
             exit_code: None,
             message: None,

@@ -88,6 +88,7 @@ mod tests {
             platform: None,
             protected: false,
             identity: Default::default(),
+            container: None,
             exit_reason: ExitReason::PowerOff,
             exit_code: Some(code),
             message: "m".to_owned(),

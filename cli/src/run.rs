@@ -56,6 +56,7 @@ pub fn refused(message: String) -> Outcome {
         platform: None,
         protected: false,
         identity: Default::default(),
+        container: None,
         exit_reason: ExitReason::Config,
         exit_code: None,
         message,

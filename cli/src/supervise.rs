@@ -299,6 +299,7 @@ impl Progress {
                     running(platform, protected);
                 }
             }
+            Event::Step { .. } => {}
             Event::Stopped(outcome) => {
                 self.outcome.get_or_insert(outcome);
                 self.kill_by(Instant::now().checked_add(grace));
@@ -356,6 +357,7 @@ impl Progress {
             platform: self.platform.map(|(platform, _)| platform),
             protected: self.platform.is_some_and(|(_, protected)| protected),
             identity: Default::default(),
+            container: None,
             exit_reason,
             exit_code: None,
             message,

@@ -164,7 +164,7 @@ fn the_guests_code_and_each_reason_become_the_exit_code() {
         assert_eq!(object["exit_reason"], reason);
         assert_eq!(object["exit_code"].to_string(), code);
         assert_eq!(object["phases"]["user_space"], 5);
-        assert_eq!(object.as_object().unwrap().len(), 11);
+        assert_eq!(object.as_object().unwrap().len(), 12);
         assert_eq!(before, b"");
     }
 }

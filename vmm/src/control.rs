@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cofferdam_api::status::ExitReason;
+use cofferdam_container_protocol::step::{Report, Step};
 use cofferdam_devices::platform::GuestRequests;
 use cofferdam_firmware::reason::Reason;
+use tracing::{info, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::phases::PhaseClock;
@@ -34,6 +36,10 @@ pub struct Notes {
     pub paused: bool,
     /// The kernel gave a sign of life, and the first stage is over.
     pub kernel_lives: bool,
+    /// How far init of a container's domain says that it has come.
+    pub step: Option<Step>,
+    /// What failed there: what the domain ends of, else what was reported first.
+    pub failure: Option<Report>,
 }
 
 impl Control {
@@ -85,6 +91,10 @@ impl Control {
 
     fn note(&self, change: impl FnOnce(&mut Notes)) {
         change(&mut self.lock());
+        self.wake_up();
+    }
+
+    fn wake_up(&self) {
         // It fails only when the counter is full, and then the loop is awake.
         let _ = self.wake.write(1);
     }
@@ -120,6 +130,39 @@ impl GuestRequests for Control {
 
     fn user_space(&self) {
         self.phases.reached("user_space");
+    }
+
+    /// Steps go forward only, and one failure is kept. So however much a guest reports, little of it is news.
+    fn step(&self, report: u32) {
+        let report = Report::from_number(report);
+        let (advances, fails) = {
+            let notes = &mut *self.lock();
+            let advances = notes.step.is_none_or(|step| step.number() < report.step.number());
+            let ends = report.fatal && notes.end.is_none();
+            let fails = ends || report.reason.is_some() && notes.failure.is_none();
+            if advances {
+                notes.step = Some(report.step);
+            }
+            if fails {
+                notes.failure = Some(report);
+            }
+            if ends {
+                let message = format!("the guest's init stopped the domain: {report}");
+                notes.end = Some((ExitReason::RefusedByGuest, message));
+            }
+            (advances, fails)
+        };
+        if advances && Step::ALL.contains(&report.step) {
+            self.phases.reached(&format!("init_{}", report.step));
+        }
+        if fails {
+            warn!("the guest's init reports: {report}");
+        } else if advances {
+            info!("the guest's init reports: {report}");
+        }
+        if advances || fails {
+            self.wake_up();
+        }
     }
 
     fn refused(&self, reason: u8) {
@@ -187,6 +230,47 @@ mod tests {
             assert_eq!(reason, ExitReason::RefusedByGuest);
             assert!(message.contains(words), "{message}");
         }
+    }
+
+    #[test]
+    fn steps_go_forward_and_wake_the_loop_then_only() {
+        let control = control();
+        let woken = || control.wake().read().is_ok();
+        for (report, step, news) in [
+            (0x7FFF_0002, 2, true),
+            (0x7FFF_0002, 2, false),
+            (0x7FFF_0001, 2, false),
+            (0x7FFF_00C8, 200, true),
+        ] {
+            control.step(report);
+            let notes = control.notes();
+            assert_eq!((notes.step, notes.failure), (Some(Step::from_number(step)), None), "{report:#x}");
+            assert_eq!(woken(), news, "{report:#x}");
+        }
+        assert_eq!(control.notes().end, None);
+    }
+
+    #[test]
+    fn the_first_failure_stays_unless_the_domain_ends_of_another() {
+        let control = control();
+        let failure = || control.notes().failure.map(|failure| failure.to_string());
+        control.step(0x0002_0B08);
+        control.step(0x0003_0B08);
+        assert_eq!(failure().unwrap(), "running: layer 2 verity failure");
+        assert_eq!(control.notes().end, None);
+        control.step(0x8001_0B08);
+        control.step(0x8000_0B08);
+        assert_eq!(failure().unwrap(), "running: layer 1 verity failure");
+        let message = "the guest's init stopped the domain: running: layer 1 verity failure".to_owned();
+        assert_eq!(control.notes().end, Some((ExitReason::RefusedByGuest, message)));
+    }
+
+    #[test]
+    fn a_failure_after_the_end_ends_nothing() {
+        let control = control();
+        control.power_off();
+        control.step(0x8001_0B08);
+        assert_eq!(end(&control), ExitReason::PowerOff);
     }
 
     #[test]

@@ -27,6 +27,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::api::{Inbox, RunTime};
 use crate::arch::{self, CpuTemplate, EntryState};
 use crate::board::{Board, Buses, EventLoop};
+use crate::container;
 use crate::control::Control;
 use crate::descriptor::Inherited;
 use crate::gate::Gate;
@@ -39,6 +40,7 @@ use crate::seccomp::{Policies, Thread};
 use crate::signals::StopSignals;
 use crate::start::{Boot, Resources, StartError, memory_size, raise_descriptor_limit};
 use crate::status::StatusFile;
+use crate::stop_request::StopRequest;
 use crate::supervisor::Supervisor;
 use crate::vcpu::{Shared, Vcpus};
 
@@ -58,6 +60,8 @@ pub struct Domain {
     buses: Buses,
     devices: DeviceMetrics,
     stop_timeout: Duration,
+    /// SHA-256 of the container's manifest.
+    manifest_digest: Option<[u8; 32]>,
     _vsock_file: Option<SocketFile>,
 }
 
@@ -80,6 +84,7 @@ impl Domain {
         let mut inherited = Inherited::default();
         let mut resources = Resources::open(config, &mut inherited)?;
         let vsock_file = resources.vsock_file.take();
+        let manifest_digest = resources.manifest_digest;
         clock.reached("opened");
         let control = Arc::new(Control::new(clock.clone()).map_err(internal("eventfd"))?);
         let mut devices = std::mem::take(&mut resources.metrics);
@@ -94,6 +99,7 @@ impl Domain {
             buses,
             devices,
             stop_timeout: Duration::from_millis(config.stop_timeout_ms),
+            manifest_digest,
             _vsock_file: vsock_file,
         })
     }
@@ -107,7 +113,7 @@ impl Domain {
         metrics: &Arc<Metrics>,
         policies: &Arc<Policies>,
     ) -> Result<Outcome, StartError> {
-        let Self { control, clock, launched, mut window, board, devices, .. } = self;
+        let Self { control, clock, launched, mut window, board, devices, manifest_digest, .. } = self;
         let platform = launched.platform();
         let sealed = launched.sealed().clone();
         let protected = sealed.protected;
@@ -129,9 +135,15 @@ impl Domain {
         let shared = Arc::new(shared);
         let vcpus = Vcpus::start(launched.vcpus, shared.clone()).map_err(internal("vCPU threads"))?;
         let client = status.try_clone().map_err(internal("--status-file"))?;
-        let supervisor =
+        let mut supervisor =
             Supervisor::new(control.clone(), vcpus, signals, board.power_button(), self.stop_timeout, client)
                 .map_err(internal("supervisor"))?;
+        if manifest_digest.is_some()
+            && let Some(vsock) = board.virtio().last()
+        {
+            let request = StopRequest::new(vsock.clone()).map_err(internal("socketpair"))?;
+            supervisor.ask_container(request);
+        }
         let supervisor = Arc::new(Mutex::new(supervisor));
         events.add_subscriber(supervisor.clone());
         if metrics.are_configured() {
@@ -177,6 +189,7 @@ impl Domain {
                 platform,
                 protected,
                 identity: identity.clone(),
+                manifest_digest,
                 file_hash: file_hash.clone(),
                 clock: clock.clone(),
                 control: control.clone(),
@@ -185,15 +198,22 @@ impl Domain {
                 virtio: board.virtio().to_vec(),
             })));
         }
+        let mut told = None;
         while lock(&supervisor).stopped().is_none() {
             if let Err(error) = events.run() {
                 control.stop(ExitReason::MonitorError, format!("event loop: {error}"));
                 break;
             }
-            if control.notes().kernel_lives
+            let notes = control.notes();
+            if notes.kernel_lives
                 && let Some(window) = window.take()
             {
                 window.close();
+            }
+            if let Some(step) = notes.step.filter(|step| told.replace(*step) != Some(*step))
+                && let Err(error) = status.write(&Event::Step { step: step.to_string() })
+            {
+                warn!("--status-file: {error}");
             }
         }
         board.release();
@@ -205,7 +225,7 @@ impl Domain {
         let (exit_reason, mut message) = lock(&supervisor)
             .stopped()
             .cloned()
-            .or(notes.end)
+            .or_else(|| notes.end.clone())
             .unwrap_or((ExitReason::MonitorError, "the event loop ended without a reason".to_owned()));
         if of_others && matches!(exit_reason, ExitReason::VcpuError | ExitReason::TripleFault) {
             message.push_str(&looked_for(&shared.buses.ports.absent()));
@@ -214,6 +234,7 @@ impl Domain {
             platform: Some(platform),
             protected,
             identity: Identity { image_hash: file_hash.get(), ..identity },
+            container: manifest_digest.map(|digest| container::status(&digest, protected, &notes)),
             exit_reason,
             exit_code: notes.exit_code,
             message,

@@ -9,6 +9,7 @@
 //! | [`board`] | which device is where |
 //! | [`vcpu`], [`exit`], [`gate`], [`kick`] | vCPU threads, what they exit with, how they are held and stopped |
 //! | [`control`], [`supervisor`] | what is known and wanted of a running domain; its lifecycle |
+//! | [`container`], [`stop_request`] | what a container's domain is given; its orderly stop |
 //! | [`api`] | what clients of the REST API may do, before the start and after it |
 //! | [`observer`], [`logger`], [`metrics`], [`lines`] | what is said, counted and timed, and the files that it goes to |
 //! | [`seccomp`] | what the kernel lets each thread ask of it |
@@ -31,6 +32,7 @@ pub mod arch;
 pub mod arguments;
 pub mod board;
 pub mod boot;
+pub mod container;
 pub mod control;
 pub mod descriptor;
 pub mod domain;
@@ -49,5 +51,6 @@ pub mod seccomp;
 pub mod signals;
 pub mod start;
 pub mod status;
+pub mod stop_request;
 pub mod supervisor;
 pub mod vcpu;

@@ -97,6 +97,7 @@ fn run(
         platform: None,
         protected: false,
         identity: Default::default(),
+        container: None,
         exit_reason: error.reason(),
         exit_code: None,
         message: error.to_string(),

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cofferdam_api::config::{
-    self, BootMode, BootProtocol, BootSource, CacheType, Confidential, DomainConfig, Drive, IoEngine,
-    SerialMode, SnpConfig,
+    self, BootMode, BootProtocol, BootSource, CacheType, Confidential, DomainConfig, Drive, HostData,
+    IoEngine, SerialMode, SnpConfig,
 };
 use cofferdam_api::source::{BadNumber, Source};
 use cofferdam_api::status::ExitReason;
@@ -41,6 +41,7 @@ use crate::api::ApiError;
 use crate::arch::{VcpuSetupError, VmSetupError};
 use crate::board::BoardError;
 use crate::boot::{BootError, BootFiles, BootPlan, ImageSource, Protocol};
+use crate::container::{Container, ContainerError};
 use crate::descriptor::{self, DescriptorError, Inherited};
 use crate::image::{Image, ImageError};
 use crate::memory::MemoryError;
@@ -54,6 +55,8 @@ const KVM_DEVICE: &str = "/dev/kvm";
 const IMAGE_PATH: &str = "boot-source.image_path";
 const VSOCK_PATH: &str = "vsock.uds_path";
 const SERIAL_PATH: &str = "serial.serial_out_path";
+/// Context identifier of a container's guest, if none is configured.
+const CONTAINER_CID: u32 = 3;
 
 /// Why a domain did not start.
 #[derive(Debug, Error)]
@@ -162,6 +165,21 @@ pub enum StartError {
         #[source]
         error: RateLimitError,
     },
+    /// The container's manifest, or what is made for the container, cannot be had.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    /// A drive of the container cannot be used.
+    #[error("{field}: {source}")]
+    ContainerDrive {
+        /// The field of the configuration.
+        field: String,
+        /// What is wrong.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The host's data are given, and are not those of the container.
+    #[error("confidential.host_data: is not the SHA-256 of container.manifest, {0}")]
+    HostData(HostData),
     /// The vsock device's socket cannot be made.
     #[error("vsock.uds_path: {0}")]
     VsockSocket(#[from] BindError),
@@ -220,6 +238,9 @@ impl StartError {
             | Self::Drive { .. }
             | Self::Block { .. }
             | Self::Limits { .. }
+            | Self::Container(_)
+            | Self::ContainerDrive { .. }
+            | Self::HostData(_)
             | Self::VsockSocket(_)
             | Self::Vsock(_)
             | Self::Console { .. }
@@ -269,7 +290,7 @@ pub struct Resources {
     pub boot: Boot,
     /// What protects it.
     pub platform: Box<dyn Platform>,
-    /// The drives in their order, so that the first drive is the guest's first disk, then vsock.
+    /// The drives in their order, so that the first drive is the guest's first disk, then the container's, then vsock.
     pub virtio: Vec<Box<dyn VirtioDevice>>,
     /// Removes the vsock device's socket when it is dropped.
     pub vsock_file: Option<SocketFile>,
@@ -277,13 +298,18 @@ pub struct Resources {
     pub console: ConsoleFiles,
     /// What drives and vsock count in.
     pub metrics: DeviceMetrics,
+    /// SHA-256 of the container's manifest.
+    pub manifest_digest: Option<[u8; 32]>,
 }
 
 impl Resources {
     /// Checks the host and opens everything. Descriptors of `inherited` are not taken over yet.
     pub fn open(config: &DomainConfig, inherited: &mut Inherited) -> Result<Self, StartError> {
         let kvm = host::require(Path::new(KVM_DEVICE))?;
-        let (boot, platform) = open_boot(&kvm, config, inherited)?;
+        let container = config.container.as_ref().map(|container| Container::open(container, inherited));
+        let container = container.transpose()?;
+        let digest = container.as_ref().map(|container| container.digest);
+        let (boot, platform) = open_boot(&kvm, config, digest, inherited)?;
         let mut virtio: Vec<Box<dyn VirtioDevice>> = Vec::new();
         let mut metrics = DeviceMetrics::default();
         for (index, drive) in config.drives.iter().enumerate() {
@@ -293,18 +319,33 @@ impl Resources {
             metrics.drives.push((drive.drive_id.clone(), block.metrics()));
             virtio.push(Box::new(block));
         }
+        for (field, options) in container.into_iter().flat_map(|container| container.drives) {
+            let id = options.id.clone();
+            let refused = |source| StartError::ContainerDrive { field: field.clone(), source };
+            let block = BlockFile::open(options).map_err(|error| refused(error.into()))?;
+            let block = Block::new(block).map_err(|error| refused(error.into()))?;
+            metrics.drives.push((id, block.metrics()));
+            virtio.push(Box::new(block));
+        }
         let mut vsock_file = None;
-        if let Some(config) = &config.vsock {
-            let (listener, file) = listen(&config.uds_path, inherited)?;
-            let prefix = file.is_some().then(|| config.uds_path.clone());
-            vsock_file = file;
-            let device = Vsock::new(config.guest_cid, listener, prefix)?;
+        let vsock = match &config.vsock {
+            Some(config) => {
+                let (listener, file) = listen(&config.uds_path, inherited)?;
+                let prefix = file.is_some().then(|| config.uds_path.clone());
+                vsock_file = file;
+                Some(Vsock::new(config.guest_cid, Some(listener), prefix)?)
+            }
+            // For the monitor's own requests to the container's init.
+            None if config.container.is_some() => Some(Vsock::new(CONTAINER_CID, None, None)?),
+            None => None,
+        };
+        if let Some(device) = vsock {
             metrics.vsock = device.metrics();
             virtio.push(Box::new(device));
         }
         // Last: it may create a file, which nothing takes away again.
         let console = open_console(&config.serial, inherited)?;
-        Ok(Self { kvm, boot, platform, virtio, vsock_file, console, metrics })
+        Ok(Self { kvm, boot, platform, virtio, vsock_file, console, metrics, manifest_digest: digest })
     }
 }
 
@@ -320,10 +361,11 @@ pub fn check_boot(boot: &BootSource) -> Result<(), StartError> {
 fn open_boot(
     kvm: &Kvm,
     config: &DomainConfig,
+    manifest_digest: Option<[u8; 32]>,
     inherited: &mut Inherited,
 ) -> Result<(Boot, Box<dyn Platform>), StartError> {
     let (mode, memory) = (config.boot.mode(), memory_size(config));
-    let wanted = wanted(&config.confidential)?;
+    let wanted = wanted(&config.confidential, manifest_digest)?;
     let mut image = if let Some(path) = &config.boot.image_path {
         Image::open(image(IMAGE_PATH, path, inherited)?)?
     } else {
@@ -339,11 +381,10 @@ fn open_boot(
             BootMode::Image => Image::of_files(plan.into_files())?,
         }
     };
-    let devices = config.drives.len().saturating_add(usize::from(config.vsock.is_some()));
     let parameters = Parameters {
         memory,
         vcpus: config.machine.vcpu_count,
-        virtio_mmio_slots: u8::try_from(devices).unwrap_or(u8::MAX),
+        virtio_mmio_slots: u8::try_from(config.device_count()).unwrap_or(u8::MAX),
         serial: true,
         // Known when CPUID is made.
         sha_instructions: false,
@@ -354,8 +395,8 @@ fn open_boot(
     Ok((Boot::Image(image, parameters), platform))
 }
 
-/// What is asked of the platform, its files read.
-fn wanted(config: &Confidential) -> Result<Wanted, StartError> {
+/// What is asked of the platform, its files read. The digest of a container's manifest is the host's data.
+fn wanted(config: &Confidential, manifest_digest: Option<[u8; 32]>) -> Result<Wanted, StartError> {
     let SnpConfig { policy, id_block, id_auth } = &config.snp;
     let id = match (id_block, id_auth) {
         (Some(block), Some(authentication)) => Some(Box::new((
@@ -364,12 +405,24 @@ fn wanted(config: &Confidential) -> Result<Wanted, StartError> {
         ))),
         _ => None,
     };
-    let host_data = config.host_data.map_or([0; 32], |data| data.0);
+    let host_data = host_data(config, manifest_digest)?.unwrap_or_default();
     Ok(Wanted {
         platform: config.platform,
         protected: config.require_protected,
         snp: SnpOptions { policy: *policy, host_data, id },
     })
+}
+
+fn host_data(
+    config: &Confidential,
+    manifest_digest: Option<[u8; 32]>,
+) -> Result<Option<[u8; 32]>, StartError> {
+    match (config.host_data, manifest_digest) {
+        (Some(HostData(given)), Some(digest)) if given != digest => {
+            Err(StartError::HostData(HostData(digest)))
+        }
+        (given, digest) => Ok(digest.or(given.map(|data| data.0))),
+    }
 }
 
 /// The content of a file that has exactly `N` bytes.
@@ -387,6 +440,17 @@ fn exact<const N: usize>(field: &'static str, path: &Path) -> Result<[u8; N], St
 pub fn check_drive(index: usize, drive: &Drive) -> Result<(), StartError> {
     let options = block_options(index, drive, &mut Inherited::default())?;
     BlockFile::check(options).map_err(|source| StartError::Drive { index, source })
+}
+
+/// Checks that the files of a container can be used now, but for locks that others have on them, and keeps nothing of
+/// them.
+pub fn check_container(container: &config::Container, protection: &Confidential) -> Result<(), StartError> {
+    let container = Container::open(container, &mut Inherited::default())?;
+    host_data(protection, Some(container.digest))?;
+    container.drives.into_iter().try_for_each(|(field, options)| {
+        BlockFile::check(options)
+            .map_err(|source| StartError::ContainerDrive { field, source: source.into() })
+    })
 }
 
 /// Checks the vsock device's descriptor, if it has one. A path is tried at the start only: that makes the socket.
@@ -420,7 +484,12 @@ fn initrd<'a>(
     boot.initrd_path.as_ref().map(open).transpose()
 }
 
-fn image<'a>(field: &str, path: &'a Path, inherited: &mut Inherited) -> Result<ImageSource<'a>, StartError> {
+/// The kernel, initrd, image or manifest that a field names.
+pub(crate) fn image<'a>(
+    field: &str,
+    path: &'a Path,
+    inherited: &mut Inherited,
+) -> Result<ImageSource<'a>, StartError> {
     Ok(match source(field, path)? {
         Source::Path(_) => ImageSource::Path(path),
         Source::Descriptor(fd) => {
@@ -481,13 +550,17 @@ fn bucket(bucket: config::TokenBucket) -> Option<TokenBucket> {
     })
 }
 
-/// The file, device or descriptor of drive `index`.
-pub fn block_source(index: usize, path: &Path, inherited: &mut Inherited) -> Result<BlockSource, StartError> {
-    let field = format!("drives[{index}].path_on_host");
-    Ok(match source(&field, path)? {
+/// The field with the file of drive `index`.
+pub fn drive_field(index: usize) -> String {
+    format!("drives[{index}].path_on_host")
+}
+
+/// The file, device or descriptor that a drive's `field` names.
+pub fn block_source(field: &str, path: &Path, inherited: &mut Inherited) -> Result<BlockSource, StartError> {
+    Ok(match source(field, path)? {
         Source::Path(path) => BlockSource::Path(path),
         Source::Descriptor(fd) => {
-            let file = inherited.duplicate(fd).map_err(bad_descriptor(&field))?;
+            let file = inherited.duplicate(fd).map_err(bad_descriptor(field))?;
             BlockSource::File(file.into(), path.to_owned())
         }
     })
@@ -496,7 +569,7 @@ pub fn block_source(index: usize, path: &Path, inherited: &mut Inherited) -> Res
 fn block_options(index: usize, drive: &Drive, inherited: &mut Inherited) -> Result<BlockOptions, StartError> {
     let limits = drive.rate_limiter.unwrap_or_default();
     Ok(BlockOptions {
-        source: block_source(index, &drive.path_on_host, inherited)?,
+        source: block_source(&drive_field(index), &drive.path_on_host, inherited)?,
         read_only: drive.is_read_only,
         cache: match drive.cache_type {
             CacheType::Unsafe => Cache::Unsafe,

@@ -8,17 +8,21 @@
 //! stopped(reason)
 //! ```
 //!
-//! The first stop signal presses the power button and sets a deadline; the end of
+//! The first stop signal presses the power button (the init of a container's domain is asked by vsock instead) and sets
+//! a deadline; the end of
 //! the client does the same, once, as nobody is left to ask for it, and so does the API,
 //! which may ask as often as it likes. A guest that
 //! says it panicked gets a moment to print and to reboot by itself.
 
+use std::fmt::Display;
 use std::fs::File;
+use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cofferdam_api::status::ExitReason;
+use cofferdam_container_protocol::step::Step;
 use cofferdam_devices::platform::power::PowerButton;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use tracing::{info, warn};
@@ -26,6 +30,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::control::Control;
 use crate::signals::StopSignals;
+use crate::stop_request::{Answer, StopRequest};
 use crate::vcpu::Vcpus;
 
 /// How long vCPUs may take to leave the guest: a vCPU serves an access to a device in microseconds.
@@ -37,6 +42,7 @@ const WAKE: u32 = 0;
 const SIGNAL: u32 = 1;
 const DEADLINE: u32 = 2;
 const CLIENT: u32 = 3;
+const CONTAINER: u32 = 4;
 
 /// Watches a running domain, and says when and why it has stopped.
 pub struct Supervisor {
@@ -44,6 +50,8 @@ pub struct Supervisor {
     vcpus: Vcpus,
     signals: StopSignals,
     power_button: Arc<PowerButton>,
+    /// What is asked for a stop in place of the power button.
+    container: Option<StopRequest>,
     stop_timeout: Duration,
     /// The writing end of the status pipe: an error on it means that the reader is gone.
     client: Option<File>,
@@ -71,12 +79,13 @@ impl Supervisor {
         power_button: Arc<PowerButton>,
         stop_timeout: Duration,
         client: Option<File>,
-    ) -> std::io::Result<Self> {
+    ) -> io::Result<Self> {
         Ok(Self {
             control,
             vcpus,
             signals,
             power_button,
+            container: None,
             stop_timeout,
             client,
             timer: TimerFd::new()?,
@@ -86,6 +95,11 @@ impl Supervisor {
             panicked: false,
             stopped: None,
         })
+    }
+
+    /// Has `request` take the place of the power button.
+    pub fn ask_container(&mut self, request: StopRequest) {
+        self.container = Some(request);
     }
 
     /// Why the domain has stopped, once it has.
@@ -120,9 +134,14 @@ impl Supervisor {
         self.look();
     }
 
-    /// Presses the power button. What the guest does then is its own affair.
-    pub fn press_power_button(&self) -> std::io::Result<()> {
-        self.power_button.press()
+    /// Presses the power button, or asks the container's init to stop. What the guest does then is its own affair.
+    pub fn press_power_button(&mut self) -> io::Result<()> {
+        let Some(request) = &mut self.container else { return self.power_button.press() };
+        // Before that nobody listens, and nothing runs that could be stopped in order.
+        match self.control.notes().step {
+            Some(Step::Running | Step::Stopping) => request.send(),
+            _ => Err(io::Error::new(io::ErrorKind::NotConnected, "the container does not run")),
+        }
     }
 
     /// Asks for a stop as the first signal does, unless one was asked for; the hard stop comes after `time`, or
@@ -168,11 +187,38 @@ impl Supervisor {
             return;
         }
         self.stop_asked = true;
-        info!("pressing the power button");
-        if let Err(error) = self.power_button.press() {
-            warn!("the power button: {error}");
+        info!("asking the guest to power off");
+        match self.press_power_button() {
+            Ok(()) => self.stop_hard_after(time),
+            Err(error) if self.container.is_some() => self.stop_container_hard(&error),
+            Err(error) => {
+                warn!("the power button: {error}");
+                self.stop_hard_after(time);
+            }
         }
-        self.stop_hard_after(time);
+    }
+
+    /// Nobody there can stop the container in order.
+    fn stop_container_hard(&self, why: &dyn Display) {
+        self.control.stop(ExitReason::Stopped, format!("stopped hard on request: {why}"));
+    }
+
+    /// The container's init has said something to the request to stop.
+    fn container_answered(&mut self, ops: &mut EventOps) {
+        let Some(request) = &mut self.container else { return };
+        let answer = request.read();
+        if answer == Answer::None {
+            return;
+        }
+        // The request stays, as there is to be no other one.
+        let _ = ops.remove(Events::empty_raw(request.as_raw_fd()));
+        let refusal = "the container's init does not stop it in order";
+        match answer {
+            Answer::Refused if self.stop_asked => self.stop_container_hard(&refusal),
+            Answer::Refused => warn!("{refusal}"),
+            Answer::Begun => info!("the container's init has begun to stop"),
+            _ => warn!("the container's init gives no answer to the request to stop"),
+        }
     }
 
     fn stop_hard_after(&mut self, time: Duration) {
@@ -226,6 +272,9 @@ impl MutEventSubscriber for Supervisor {
             // Errors and hang-ups are reported unasked.
             events.push(Events::with_data(client, CLIENT, EventSet::empty()));
         }
+        if let Some(request) = &self.container {
+            events.push(Events::with_data(request, CONTAINER, EventSet::IN));
+        }
         for event in events {
             let is_client = event.data() == CLIENT;
             if let Err(error) = ops.add(event) {
@@ -246,6 +295,7 @@ impl MutEventSubscriber for Supervisor {
             }
             SIGNAL => (0..self.signals.take()).for_each(|_| self.stop_signal()),
             DEADLINE => self.deadline(),
+            CONTAINER => self.container_answered(ops),
             _ => {
                 if let Some(client) = self.client.take() {
                     let _ = ops.remove(Events::empty_raw(client.as_raw_fd()));

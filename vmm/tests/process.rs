@@ -104,7 +104,7 @@ fn event(reader: &mut impl BufRead) -> Event {
 fn outcome(reader: &mut impl BufRead) -> Outcome {
     match event(reader) {
         Event::Stopped(outcome) => outcome,
-        Event::Running { .. } => outcome(reader),
+        Event::Running { .. } | Event::Step { .. } => outcome(reader),
     }
 }
 

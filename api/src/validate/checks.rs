@@ -19,7 +19,7 @@ pub fn check_id(field: &str, id: &str) -> Result<(), ConfigError> {
     Ok(())
 }
 
-pub(super) fn check_range(field: &str, value: u64, (min, max): (u64, u64)) -> Result<(), ConfigError> {
+pub(crate) fn check_range(field: &str, value: u64, (min, max): (u64, u64)) -> Result<(), ConfigError> {
     if (min..=max).contains(&value) {
         return Ok(());
     }
@@ -35,7 +35,7 @@ pub(crate) fn check_path(field: &str, path: &Path) -> Result<(), ConfigError> {
     Source::of(path).map(drop).map_err(|error| ConfigError::Descriptor { field: field.to_owned(), error })
 }
 
-pub(super) fn check_text(field: &str, text: &[u8], max: usize) -> Result<(), ConfigError> {
+pub(crate) fn check_text(field: &str, text: &[u8], max: usize) -> Result<(), ConfigError> {
     if text.len() > max {
         return Err(ConfigError::TooLong { field: field.to_owned(), length: text.len(), max });
     }

@@ -36,7 +36,7 @@ pub struct Frame {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// The payload is too long.
-    #[error("a frame of {0} bytes is too long")]
+    #[error("a frame of {0} bytes, which is too long")]
     TooLong(usize),
     /// There is no such type.
     #[error("a frame of type {0}")]

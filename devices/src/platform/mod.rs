@@ -28,6 +28,8 @@ pub trait GuestRequests: Send + Sync {
     fn user_space(&self);
     /// The first stage did not enter the kernel, for the reason with this code.
     fn refused(&self, reason: u8);
+    /// Init of a container's domain reports a step, a failure, or both.
+    fn step(&self, report: u32);
 }
 
 /// Locks `mutex`, also when a thread panicked with it: no state here is left half changed.

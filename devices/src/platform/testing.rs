@@ -19,6 +19,7 @@ pub enum Request {
     ExitCode(u8),
     UserSpace,
     Refused(u8),
+    Step(u32),
 }
 
 /// Notes the guest's requests.
@@ -54,6 +55,9 @@ impl GuestRequests for Requests {
     }
     fn refused(&self, reason: u8) {
         self.note(Request::Refused(reason));
+    }
+    fn step(&self, report: u32) {
+        self.note(Request::Step(report));
     }
 }
 

@@ -298,7 +298,7 @@ fn block(engine: Engine) -> Machine {
 fn vsock(directory: &TempDir) -> (Machine, SocketFile) {
     let path = directory.path().join("v");
     let (listener, file) = bind(&path).unwrap();
-    (Machine::new(Box::new(Vsock::new(3, listener, Some(path)).unwrap())), file)
+    (Machine::new(Box::new(Vsock::new(3, Some(listener), Some(path)).unwrap())), file)
 }
 
 struct Machines {

@@ -164,7 +164,7 @@ impl Host {
                 listener
             })
             .collect();
-        let device = Vsock::new(GUEST_CID as u32, listener, Some(path.clone())).unwrap();
+        let device = Vsock::new(GUEST_CID as u32, Some(listener), Some(path.clone())).unwrap();
         Self {
             device: Looped::new(device),
             memory: memory(&[(0, END as usize)]),

@@ -110,6 +110,7 @@ impl PreBoot {
                     |draft| {
                         check_kernel(draft)?;
                         check_drives(draft, |_| true)?;
+                        check_container(draft)?;
                         check_vsock(draft)?;
                         check_serial(draft)?;
                         // Last: it takes effect.
@@ -143,7 +144,8 @@ impl PreBoot {
             | VmmAction::PressPowerButton
             | VmmAction::Pause
             | VmmAction::Resume
-            | VmmAction::FlushMetrics => Err(ActionError::BeforeStart),
+            | VmmAction::FlushMetrics
+            | VmmAction::ConnectGuest(_) => Err(ActionError::BeforeStart),
             VmmAction::GetInstance => Ok(instance(&self.id, VmState::NotStarted)),
             VmmAction::GetVersion => Ok(VmmData::Version(Version::this())),
             VmmAction::GetConfig => Ok(VmmData::Config(Box::new(self.draft.clone()))),
@@ -181,6 +183,7 @@ impl PreBoot {
             platform: None,
             protected: false,
             identity: Default::default(),
+            container: None,
             exit_reason: None,
             exit_code: None,
             message: None,
@@ -200,6 +203,11 @@ fn check_kernel(draft: &Draft) -> Result<(), ActionError> {
 fn check_drives(draft: &Draft, which: impl Fn(&Drive) -> bool) -> Result<(), ActionError> {
     let mut drives = draft.drives().iter().enumerate().filter(|(_, drive)| which(drive));
     drives.try_for_each(|(index, drive)| start::check_drive(index, drive)).map_err(failed)
+}
+
+fn check_container(draft: &Draft) -> Result<(), ActionError> {
+    let check = |container| start::check_container(container, draft.confidential());
+    draft.container().map_or(Ok(()), check).map_err(failed)
 }
 
 fn check_vsock(draft: &Draft) -> Result<(), ActionError> {

@@ -5,21 +5,24 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use cofferdam_api::actions::{ActionError, ActionResult, Version, VmmAction, VmmData};
+use cofferdam_api::actions::{ActionError, ActionResult, GuestEnd, Version, VmmAction, VmmData};
 use cofferdam_api::draft::Draft;
 use cofferdam_api::requests::DrivePatch;
 use cofferdam_api::status::{ExitReason, Identity, Platform, VmState, VmStatus};
+use cofferdam_container_protocol::step::Step;
 use cofferdam_devices::virtio::block::{Block, BlockFile};
 use cofferdam_devices::virtio::mmio::MmioTransport;
+use cofferdam_devices::virtio::vsock::Vsock;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::{Inbox, instance, survey};
+use crate::container;
 use crate::control::Control;
 use crate::descriptor::Inherited;
 use crate::image::FileHash;
 use crate::metrics::Metrics;
 use crate::phases::PhaseClock;
-use crate::start::{StartError, block_source, limit_change};
+use crate::start::{StartError, block_source, drive_field, limit_change};
 use crate::supervisor::Supervisor;
 
 /// What a monitor does for clients while its domain runs.
@@ -34,6 +37,8 @@ pub struct RunTime {
     pub protected: bool,
     /// What the domain is.
     pub identity: Identity,
+    /// SHA-256 of its container's manifest.
+    pub manifest_digest: Option<[u8; 32]>,
     /// The hash of its image's file, which is read when somebody asks for the status.
     pub file_hash: Arc<FileHash>,
     /// When phases were reached.
@@ -75,6 +80,7 @@ impl RunTime {
             }
             VmmAction::Wait => return None,
             VmmAction::PatchDrive(patch) => self.patch_drive(&patch),
+            VmmAction::ConnectGuest(end) => self.connect_guest(end),
             VmmAction::Start
             | VmmAction::StartWith(_)
             | VmmAction::PutConfig(_)
@@ -133,19 +139,45 @@ impl RunTime {
         Ok(VmmData::Empty)
     }
 
+    /// Hands a connection to the guest, whose init serves requests from the step `running` on.
+    fn connect_guest(&self, GuestEnd(end): GuestEnd) -> ActionResult {
+        let failed = |message: String| Err(ActionError::Failed(format!("container: {message}")));
+        if self.config.container().is_none() {
+            return failed("the domain has none".to_owned());
+        }
+        let notes = self.control.notes();
+        match notes.step {
+            Some(Step::Running | Step::Stopping) if notes.paused => {
+                return failed("the domain is paused".to_owned());
+            }
+            Some(Step::Running | Step::Stopping) => {}
+            Some(step) => return failed(format!("it does not run yet; the guest is at the step {step}")),
+            None => return failed("it does not run yet; the guest is at no step".to_owned()),
+        }
+        let adopt = |vsock: &mut Vsock| Arc::into_inner(end).map(|end| vsock.adopt(end));
+        // Vsock is the last of the devices.
+        match self.virtio.last().and_then(|device| device.with_device(adopt)).flatten() {
+            Some(Ok(())) => Ok(VmmData::Empty),
+            Some(Err(error)) => failed(error.to_string()),
+            None => failed("the domain has no vsock device".to_owned()),
+        }
+    }
+
     fn state(&self) -> VmState {
         if self.control.notes().paused { VmState::Paused } else { VmState::Running }
     }
 
     fn status(&self) -> VmStatus {
+        let notes = self.control.notes();
         VmStatus {
             id: self.inbox.id.clone(),
             state: self.state(),
             platform: Some(self.platform),
             protected: self.protected,
             identity: Identity { image_hash: self.file_hash.get(), ..self.identity.clone() },
+            container: self.manifest_digest.map(|digest| container::status(&digest, self.protected, &notes)),
             exit_reason: None,
-            exit_code: self.control.notes().exit_code,
+            exit_code: notes.exit_code,
             message: None,
             phases: self.clock.phases(),
         }
@@ -159,7 +191,7 @@ fn reopen(
     path: &Path,
     inherited: &mut Inherited,
 ) -> Result<Option<BlockFile>, ActionError> {
-    let source = block_source(index, path, inherited).map_err(failed)?;
+    let source = block_source(&drive_field(index), path, inherited).map_err(failed)?;
     // Not under the device's lock: to open a file may take the host's storage a while.
     let Some(file) = device.with_device(|block: &mut Block| block.file()) else { return Ok(None) };
     let reopened = file.reopen(source).map_err(|source| failed(StartError::Drive { index, source }));

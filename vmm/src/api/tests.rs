@@ -1,7 +1,8 @@
+use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use cofferdam_api::actions::VmmAction;
+use cofferdam_api::actions::{GuestEnd, VmmAction};
 use cofferdam_api::config::DomainConfig;
 use cofferdam_api::router::{Call, ROUTES, route};
 use cofferdam_api::status::{ExitReason, Platform};
@@ -116,6 +117,11 @@ const TABLE: &[(&str, &str, [Is; 4])] = &[
     ("PATCH /vm", r#"{"state": "Paused"}"#, [TooEarly, Done, Done, Gone]),
     ("PATCH /vm", r#"{"state": "Resumed"}"#, [TooEarly, Done, Done, Gone]),
     ("DELETE /vm", "", [End, Done, Done, Done]),
+    // This domain has no container. With one: tests/tests/container.
+    ("POST /container/exec", r#"{"args": ["a"]}"#, [TooEarly, Refused, Refused, Gone]),
+    ("POST /container/kill", r#"{"signal": "TERM"}"#, [TooEarly, Refused, Refused, Gone]),
+    ("POST /container/resize", r#"{"columns": 80, "rows": 24}"#, [TooEarly, Refused, Refused, Gone]),
+    ("GET /container/stats", "", [TooEarly, Refused, Refused, Gone]),
 ];
 
 fn action(request: &str, body: &str) -> VmmAction {
@@ -124,6 +130,9 @@ fn action(request: &str, body: &str) -> VmmAction {
     match route(method, path, query, with_files(body).as_bytes()).unwrap() {
         Call::Act(action) => action,
         Call::Wait(_) => VmmAction::Wait,
+        Call::Container(_) => {
+            VmmAction::ConnectGuest(GuestEnd(Arc::new(UnixStream::pair().unwrap().0.into())))
+        }
         Call::Document => panic!("the monitor is not asked for the document"),
     }
 }
@@ -178,6 +187,7 @@ fn run_time() -> RunTime {
     let drive = MmioTransport::new(Box::new(drive), memory, None, Arc::new(Line)).unwrap();
     RunTime {
         identity: Default::default(),
+        manifest_digest: None,
         file_hash: Arc::new(crate::image::FileHash::none()),
         inbox,
         virtio: vec![Arc::new(drive)],

@@ -24,7 +24,7 @@ const SOON: Duration = Duration::from_millis(20);
 struct Line;
 
 impl InterruptLine for Line {
-    fn trigger(&self) -> std::io::Result<()> {
+    fn trigger(&self) -> io::Result<()> {
         Ok(())
     }
 }

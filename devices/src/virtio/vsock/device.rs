@@ -5,7 +5,7 @@
 //! all connections end. A packet that is itself wrong costs it one connection; see [`Muxer::packet`].
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use thiserror::Error;
 use tracing::{error, warn};
 use virtio_queue::{Queue, QueueT};
 
-use super::host::UnixHost;
+use super::host::{HostStream, UnixHost};
 use super::metrics::VsockMetrics;
 use super::muxer::{Limits, Muxer};
 use super::packet::{HEADER_LEN, HOST_CID, Header};
@@ -87,9 +87,13 @@ struct Active {
 }
 
 impl Vsock {
-    /// A device for the guest `guest_cid` (3 to 2^32 - 2). Programs of the host connect to `listener`; the guest's
-    /// connections go to the socket `prefix` followed by `_` and the port; without one they are reset.
-    pub fn new(guest_cid: u32, listener: UnixListener, prefix: Option<PathBuf>) -> Result<Self, VsockError> {
+    /// A device for the guest `guest_cid` (3 to 2^32 - 2). Programs of the host connect to `listener`, if there is one;
+    /// the guest's connections go to the socket `prefix` followed by `_` and the port; without one they are reset.
+    pub fn new(
+        guest_cid: u32,
+        listener: Option<UnixListener>,
+        prefix: Option<PathBuf>,
+    ) -> Result<Self, VsockError> {
         if u64::from(guest_cid) <= HOST_CID || guest_cid == u32::MAX {
             return Err(VsockError::GuestCid(guest_cid));
         }
@@ -97,6 +101,15 @@ impl Vsock {
         let muxer = Muxer::new(guest_cid, UnixHost::new(listener, prefix)?, Limits::default())?;
         let metrics = muxer.metrics();
         Ok(Self { guest_cid, muxer, metrics, active: None })
+    }
+
+    /// Takes `socket`, connected and non-blocking, as a program's that wants to reach the guest. It says `CONNECT` and a
+    /// port first.
+    ///
+    /// # Errors
+    /// If there is no driver, or no room for another connection.
+    pub fn adopt(&mut self, socket: OwnedFd) -> io::Result<()> {
+        self.muxer.adopt(HostStream(socket))
     }
 
     /// What is counted of this device.

@@ -105,8 +105,8 @@ impl Drop for SocketFile {
 pub trait Host: Send {
     /// A connected socket.
     type Stream: Stream + AsFd + Send;
-    /// The socket that is readable when `accept` has a connection.
-    fn listener(&self) -> BorrowedFd<'_>;
+    /// The socket that is readable when `accept` has a connection, if programs can connect.
+    fn listener(&self) -> Option<BorrowedFd<'_>>;
     /// Takes a connection of a host's program.
     fn accept(&mut self) -> io::Result<Self::Stream>;
     /// Connects to the host's program that serves `port`. Never waits: a program whose queue of connections is full
@@ -116,15 +116,15 @@ pub trait Host: Send {
 
 /// Unix sockets of the host.
 pub struct UnixHost {
-    listener: UnixListener,
+    listener: Option<UnixListener>,
     prefix: Option<PathBuf>,
 }
 
 impl UnixHost {
-    /// Programs connect to `listener`, and listen on `prefix` followed by `_` and the port. Without `prefix` the guest
-    /// can connect to none.
-    pub fn new(listener: UnixListener, prefix: Option<PathBuf>) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
+    /// Programs connect to `listener`, if there is one, and listen on `prefix` followed by `_` and the port. Without
+    /// `prefix` the guest can connect to none.
+    pub fn new(listener: Option<UnixListener>, prefix: Option<PathBuf>) -> io::Result<Self> {
+        listener.as_ref().map_or(Ok(()), |listener| listener.set_nonblocking(true))?;
         Ok(Self { listener, prefix })
     }
 }
@@ -132,12 +132,13 @@ impl UnixHost {
 impl Host for UnixHost {
     type Stream = HostStream;
 
-    fn listener(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
+    fn listener(&self) -> Option<BorrowedFd<'_>> {
+        self.listener.as_ref().map(AsFd::as_fd)
     }
 
     fn accept(&mut self) -> io::Result<HostStream> {
-        Ok(HostStream(accept_with(&self.listener, NON_BLOCKING)?))
+        let listener = self.listener.as_ref().ok_or(ErrorKind::WouldBlock)?;
+        Ok(HostStream(accept_with(listener, NON_BLOCKING)?))
     }
 
     fn connect(&mut self, port: u32) -> io::Result<HostStream> {
@@ -149,7 +150,7 @@ impl Host for UnixHost {
 }
 
 /// A connected Unix socket, non-blocking.
-pub struct HostStream(OwnedFd);
+pub struct HostStream(pub OwnedFd);
 
 impl AsFd for HostStream {
     fn as_fd(&self) -> BorrowedFd<'_> {

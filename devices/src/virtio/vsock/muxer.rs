@@ -103,7 +103,7 @@ impl<H: Host> Muxer<H> {
     /// The connections of the guest with that context identifier. Closed until [`Self::open`].
     pub fn new(guest_cid: u64, host: H, limits: Limits) -> io::Result<Self> {
         let poller = Poller::new()?;
-        poller.add_listener(host.listener())?;
+        host.listener().map_or(Ok(()), |listener| poller.add_listener(listener))?;
         Ok(Self {
             guest_cid,
             host,
@@ -440,6 +440,23 @@ impl<H: Host> Muxer<H> {
         self.update_listener();
     }
 
+    /// Takes a connection of the monitor's own, as if it came from a program: `CONNECT` and a port come first. It is
+    /// closed if the guest does not accept it.
+    ///
+    /// # Errors
+    /// If there is no driver, or no room for another connection.
+    pub fn adopt(&mut self, stream: H::Stream) -> io::Result<()> {
+        if !self.open {
+            return Err(io::Error::new(ErrorKind::NotConnected, "the guest has no driver for vsock"));
+        }
+        if self.is_full() || self.handshakes.len() >= self.limits.handshakes {
+            return Err(io::Error::other("the guest has too many vsock connections"));
+        }
+        self.begin_handshake(stream)?;
+        self.update_listener();
+        Ok(())
+    }
+
     fn begin_handshake(&mut self, stream: H::Stream) -> io::Result<()> {
         let mut number = self.next_handshake;
         while self.handshakes.contains_key(&number) {
@@ -477,7 +494,10 @@ impl<H: Host> Muxer<H> {
     /// Watches the listening socket if another connection can be accepted.
     fn update_listener(&mut self) {
         let listen = self.wants_to_listen();
-        if listen != self.listening && self.poller.watch_listener(self.host.listener(), listen).is_ok() {
+        if listen != self.listening
+            && let Some(listener) = self.host.listener()
+            && self.poller.watch_listener(listener, listen).is_ok()
+        {
             self.listening = listen;
         }
     }

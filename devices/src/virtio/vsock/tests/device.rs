@@ -439,7 +439,7 @@ fn identifiers_that_no_guest_can_have_are_refused() {
         [(0, false), (1, false), (2, false), (3, true), (u32::MAX - 1, true), (u32::MAX, false)]
     {
         let (listener, _file) = bind(&directory.path().join("s")).unwrap();
-        let device = Vsock::new(cid, listener, None);
+        let device = Vsock::new(cid, Some(listener), None);
         assert_eq!(device.is_ok(), good, "{cid}");
         assert!(good || matches!(device, Err(VsockError::GuestCid(refused)) if refused == cid));
     }
@@ -450,7 +450,7 @@ fn without_a_path_the_guest_reaches_nobody() {
     let directory = tempfile::tempdir().unwrap();
     let (listener, _file) = bind(&directory.path().join("s")).unwrap();
     let _program = UnixListener::bind(directory.path().join("_80")).unwrap();
-    let error = UnixHost::new(listener, None).unwrap().connect(80).err().unwrap();
+    let error = UnixHost::new(Some(listener), None).unwrap().connect(80).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
 }
 

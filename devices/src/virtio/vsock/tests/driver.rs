@@ -63,7 +63,7 @@ impl Driver {
         let memory = memory(&[(0, 0x400_0000)]);
         let line = Arc::new(Line::default());
         let mut driver = Self {
-            device: Vsock::new(GUEST_CID, listener, Some(path)).unwrap(),
+            device: Vsock::new(GUEST_CID, Some(listener), Some(path)).unwrap(),
             rx: Ring::new(&memory, 0, BUFFERS),
             tx: Ring::new(&memory, 0x3000, 2 * SLOTS),
             interrupt: Arc::new(VirtioInterrupt::new(line.clone())),

@@ -36,7 +36,7 @@ impl Scarce {
 impl Host for Scarce {
     type Stream = HostStream;
 
-    fn listener(&self) -> BorrowedFd<'_> {
+    fn listener(&self) -> Option<BorrowedFd<'_>> {
         self.host.listener()
     }
 
@@ -69,7 +69,7 @@ impl Bench {
         let (listener, file) = bind(&path).unwrap();
         let exhausted = Arc::new(AtomicBool::new(false));
         let host =
-            Scarce { host: UnixHost::new(listener, Some(path)).unwrap(), exhausted: exhausted.clone() };
+            Scarce { host: UnixHost::new(Some(listener), Some(path)).unwrap(), exhausted: exhausted.clone() };
         let mut muxer = Muxer::new(u64::from(GUEST_CID), host, FEW).unwrap();
         muxer.open();
         Self { muxer, exhausted, memory: memory(&[(0, 0x4_0000)]), directory, _file: file }
