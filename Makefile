@@ -25,7 +25,7 @@ deps: ## Install the Debian packages, Rust targets and tools that are missing
 	@tests/deps.sh
 
 build: deps ## The shipped binaries, static, in target/x86_64-unknown-linux-musl/release
-	cargo build --release --target $(MUSL) -p cofferdam-vmm -p cofferdam-cli -p cofferdam-jailer -p cofferdam-test-guest
+	cargo build --release --target $(MUSL) -p cofferdam-vmm -p cofferdam-cli -p cofferdam-jailer -p cofferdam-guest -p cofferdam-test-guest
 	@cat "$$(ls -t target/$(MUSL)/release/build/cofferdam-confidential-*/out/stage-pages | head -n 1)"
 
 payloads: deps ## The tiny guests of the payload tier

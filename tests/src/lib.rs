@@ -8,6 +8,7 @@
 #![allow(clippy::expect_used, clippy::panic)]
 
 pub mod api;
+pub mod container;
 pub mod guest;
 pub mod held;
 pub mod host;

@@ -1,0 +1,5 @@
+//! `cofferdam-init`: see the library.
+
+fn main() {
+    cofferdam_guest::boot::run();
+}
