@@ -180,3 +180,34 @@ fn start(
     let started = spawn(space, &program, streams)?;
     supervise::Process::new(started, plumbing, outputs).because(Reason::KernelRefused)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    const MANIFEST: &str = r#"{"host":{"exec":[],"signals":[],"stderr":false,"stdin":false,"stdout":false,"stop":null},"hostname":"a","layers":[{"root_hash":"0000000000000000000000000000000000000000000000000000000000000000","salt":"","size":4096}],"mounts":[],"on_verity_failure":"kill","process":{"args":["/a"],"capabilities":[],"cwd":"/","env":["A=1"],"gid":0,"groups":[],"no_new_privs":true,"read_only_root":true,"rlimits":[],"start_env":[{"name":"A","pattern":"[12]"}],"terminal":false,"uid":0},"scratch":null,"version":1}"#;
+
+    #[test]
+    fn a_manifest_is_read_if_it_is_the_one_that_the_launch_binds() {
+        let bound = manifest::digest(MANIFEST.as_bytes());
+        let drive = |manifest: &str, name: &str, value: &str| {
+            let env = BTreeMap::from([(name.to_owned(), value.to_owned())]);
+            drive::write(manifest.as_bytes(), &env).unwrap()
+        };
+        let (_, env) = checked(&drive(MANIFEST, "A", "2"), bound).unwrap();
+        assert_eq!(env, ["A=2"]);
+        let refused = |drive: &[u8], bound| checked(drive, bound).unwrap_err().reason;
+        assert_eq!(refused(&drive(MANIFEST, "A", "2"), [0; 32]), Reason::WrongDigest);
+        assert_eq!(refused(&drive(MANIFEST, "A", "3"), bound), Reason::StartValuesRefused);
+        assert_eq!(refused(&drive(MANIFEST, "B", "2"), bound), Reason::StartValuesRefused);
+        assert_eq!(refused(&[0; 4096], bound), Reason::NotValid);
+        for other in
+            [MANIFEST.replace(r#":1}"#, ":2}"), format!("{MANIFEST} "), MANIFEST.replace("\"a\"", "\"-\"")]
+        {
+            let bound = manifest::digest(other.as_bytes());
+            assert_eq!(refused(&drive(&other, "A", "2"), bound), Reason::NotValid, "{other}");
+        }
+    }
+}

@@ -138,3 +138,87 @@ pub fn assign<'a>(drives: &'a [Drive], manifest: &'a Manifest) -> Result<Assigne
     }
     Ok(Assigned { trees, scratch })
 }
+
+#[cfg(test)]
+mod tests {
+    use cofferdam_container_manifest::{DataVolume, Layer, Protection, RootHash, Salt, Scratch};
+
+    use super::*;
+
+    fn drive(name: &str, serial: &str, sectors: u64) -> Drive {
+        Drive { name: name.to_owned(), serial: serial.to_owned(), sectors }
+    }
+
+    /// Two layers, a data volume and a scratch device, as the manifest and as drives, in another order.
+    fn good() -> (Manifest, Vec<Drive>) {
+        let layer = |size| Layer { root_hash: RootHash([0; 32]), salt: Salt(vec![]), size };
+        let bytes = br#"{"host":{"exec":[],"signals":[],"stderr":false,"stdin":false,"stdout":false,"stop":null},"hostname":"a","layers":[{"root_hash":"0000000000000000000000000000000000000000000000000000000000000000","salt":"","size":4096}],"mounts":[],"on_verity_failure":"kill","process":{"args":["/a"],"capabilities":[],"cwd":"/","env":[],"gid":0,"groups":[],"no_new_privs":true,"read_only_root":true,"rlimits":[],"start_env":[],"terminal":false,"uid":0},"scratch":null,"version":1}"#;
+        let mut manifest = cofferdam_container_manifest::decode(bytes).unwrap();
+        manifest.layers = vec![layer(4096), layer(8192)];
+        let (root_hash, salt) = (RootHash([1; 32]), Salt(vec![]));
+        manifest.mounts =
+            vec![Mount::Data(DataVolume { path: "/a".to_owned(), root_hash, salt, size: 4096 })];
+        manifest.scratch = Some(Scratch { protection: Protection::None, size: 1 << 20 });
+        let drives = vec![
+            drive("vda", "scratch", 2048),
+            drive("vdb", "layer1", 32),
+            drive("vdc", "manifest", 8),
+            drive("vdd", "volume0", 16),
+            drive("vde", "layer0", 16),
+        ];
+        (manifest, drives)
+    }
+
+    #[test]
+    fn drives_are_known_by_their_serial_numbers() {
+        let (manifest, drives) = good();
+        let assigned = assign(&drives, &manifest).unwrap();
+        let found: Vec<_> = assigned.trees.iter().map(|(object, drive, _)| (*object, &*drive.name)).collect();
+        assert_eq!(found, [(Object::Layer(0), "vde"), (Object::Layer(1), "vdb"), (Object::Volume(0), "vdd")]);
+        assert_eq!(assigned.scratch, Some(&drives[0]));
+        assert_eq!(the(&drives, "manifest").unwrap().node(), "/dev/vdc");
+    }
+
+    #[test]
+    fn what_is_missing_extra_or_of_another_size_is_refused() {
+        type Change = fn(&mut Manifest, &mut Vec<Drive>);
+        let cases: [(Change, Reason, Option<Object>); 9] = [
+            (|_, d| drop(d.remove(1)), Reason::Missing, Some(Object::Layer(1))),
+            (|_, d| drop(d.remove(3)), Reason::Missing, Some(Object::Volume(0))),
+            (|_, d| drop(d.remove(0)), Reason::Missing, None),
+            (|_, d| d.push(drive("vdf", "layer0", 16)), Reason::Unexpected, Some(Object::Layer(0))),
+            (|_, d| d.push(drive("vdf", "", 16)), Reason::Unexpected, Some(Object::Drive(5))),
+            (|m, _| m.scratch = None, Reason::Unexpected, Some(Object::Drive(0))),
+            (|_, d| d[4].sectors -= 1, Reason::WrongSize, Some(Object::Layer(0))),
+            (|_, d| d[3].sectors += 8, Reason::WrongSize, Some(Object::Volume(0))),
+            (|_, d| d[0].sectors += 1, Reason::WrongSize, Some(Object::Drive(0))),
+        ];
+        for (at, (change, reason, object)) in cases.into_iter().enumerate() {
+            let (mut manifest, mut drives) = good();
+            change(&mut manifest, &mut drives);
+            let failure = assign(&drives, &manifest).unwrap_err();
+            assert_eq!((failure.reason, failure.object), (reason, object), "{at}");
+        }
+    }
+
+    #[test]
+    fn the_kernel_says_what_drives_there_are() {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, serial, size) in
+            [("vdaa", "layer9\n", "16\n"), ("vdb", "manifest", "8"), ("dm-0", "x", "8")]
+        {
+            fs::create_dir(directory.path().join(name)).unwrap();
+            fs::write(directory.path().join(name).join("serial"), serial).unwrap();
+            fs::write(directory.path().join(name).join("size"), size).unwrap();
+        }
+        let drives = find(directory.path()).unwrap();
+        assert_eq!(drives, [drive("vdb", "manifest", 8), drive("vdaa", "layer9", 16)]);
+    }
+
+    #[test]
+    fn a_drive_that_is_too_large_is_not_read() {
+        let failure = drive("nothing", "manifest", 9).read(4096).unwrap_err();
+        assert_eq!(failure.reason, Reason::TooLarge);
+        assert_eq!(drive("nothing", "manifest", 8).read(4096).unwrap_err().reason, Reason::Unreadable);
+    }
+}
