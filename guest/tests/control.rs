@@ -1,4 +1,5 @@
 //! Requests of the host: what comes to the container, and what does not.
+#![allow(clippy::unwrap_used)] // helpers of tests
 
 use std::sync::Mutex;
 use std::time::Duration;
