@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use thiserror::Error;
 
 use crate::actions::ActionError;
@@ -96,6 +96,27 @@ impl ClientError {
     }
 }
 
+/// A command to run in a container: `POST /container/exec`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Exec {
+    /// What it is called; nobody else's name.
+    pub id: String,
+    /// Program and arguments.
+    pub args: Vec<String>,
+    /// Whether its standard streams are one terminal, on `stdin_port`.
+    pub terminal: bool,
+    /// Size of that terminal, in characters.
+    pub columns: u16,
+    /// Size of that terminal, in characters.
+    pub rows: u16,
+    /// The vsock port of the host that the guest connects to for standard input; 0: there is none.
+    pub stdin_port: u32,
+    /// The same for standard output.
+    pub stdout_port: u32,
+    /// The same for standard error.
+    pub stderr_port: u32,
+}
+
 /// Asks the monitor that listens on one socket.
 #[derive(Clone, Debug)]
 pub struct Client {
@@ -148,6 +169,51 @@ impl Client {
         let millis = millis(time);
         let limit = Duration::from_millis(millis).saturating_add(self.timeout);
         self.get(&format!("/vm/wait?timeout_ms={millis}"), Some(limit))
+    }
+
+    /// `POST /container/kill`: sends a signal, by its name without `SIG`, to the container's process, or to that of the
+    /// exec `id`.
+    pub fn container_kill(&self, signal: &str, id: Option<&str>) -> Result<(), ClientError> {
+        self.post("/container/kill", json!({"signal": signal}), id, Some(self.timeout)).map(drop)
+    }
+
+    /// `POST /container/resize`: gives the terminal of the container, or of the exec `id`, a size in characters.
+    pub fn container_resize(&self, columns: u16, rows: u16, id: Option<&str>) -> Result<(), ClientError> {
+        self.post("/container/resize", json!({"columns": columns, "rows": rows}), id, Some(self.timeout))
+            .map(drop)
+    }
+
+    /// `POST /container/exec`: runs a command beside the container's process, and returns its exit code when it has
+    /// ended, however long that takes.
+    pub fn container_exec(&self, exec: &Exec) -> Result<u8, ClientError> {
+        #[derive(Deserialize)]
+        struct Ended {
+            exit_code: u8,
+        }
+        let body = serde_json::to_value(exec).unwrap_or_default();
+        let request = "/container/exec";
+        let answer = self.post(request, body, None, None)?;
+        let ended: Ended = serde_json::from_slice(&answer)
+            .map_err(|error| ClientError::BadBody { request: format!("POST {request}"), error })?;
+        Ok(ended.exit_code)
+    }
+
+    /// `GET /container/stats`. As JSON, so that the guest's init may be of another version.
+    pub fn container_stats(&self) -> Result<Value, ClientError> {
+        self.get("/container/stats", Some(self.timeout))
+    }
+
+    fn post(
+        &self,
+        target: &str,
+        mut body: Value,
+        id: Option<&str>,
+        limit: Option<Duration>,
+    ) -> Result<Vec<u8>, ClientError> {
+        if let (Some(id), Some(fields)) = (id, body.as_object_mut()) {
+            fields.insert("id".to_owned(), id.into());
+        }
+        self.exchange("POST", target, Some(&body.to_string()), limit)
     }
 
     fn get<T: DeserializeOwned>(&self, target: &str, limit: Option<Duration>) -> Result<T, ClientError> {

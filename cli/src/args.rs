@@ -10,8 +10,11 @@ use cofferdam_api::config::{
     Serial, SerialMode, SnpConfig, Vsock,
 };
 use cofferdam_api::validate::{ConfigError, VCPU_COUNT, check_id};
+use cofferdam_container_manifest::Signal;
 
 use crate::container::ContainerCommand;
+use crate::container::args::{ContainerArgs, parse_signal};
+use crate::container::start::InDomain;
 use crate::drive::DriveArg;
 use crate::image::ImageCommand;
 use crate::run_dir;
@@ -51,6 +54,8 @@ Examples:
   cofferdam host check                     What can this machine do?
   cofferdam run --kernel vmlinuz --initrd initrd.img
                                            Boot a Linux kernel, its console on this terminal
+  cofferdam run --container oci:python:3.13 -- python3 -c 'print(1)'
+                                           A container in a domain of its own
   cofferdam run --detach ... ; cofferdam ps
                                            In the background; what runs?
   cofferdam run --help                     All options, more examples, exit codes";
@@ -64,8 +69,14 @@ pub enum Command {
     Ps(PsArgs),
     /// Print all that is known of a domain, as JSON
     Inspect(Target),
-    /// Print what a domain has printed on its console
+    /// Print what a domain has printed on its console, or its container
     Logs(LogsArgs),
+    /// Run a command in a container that runs, as its manifest allows
+    Exec(ExecArgs),
+    /// Send a signal to a container's process, as its manifest allows
+    Kill(KillArgs),
+    /// Print what a container uses
+    Stats(StatsArgs),
     /// Press the power button of a domain, and wait for its end
     Stop(StopArgs),
     /// Hold the CPUs of a domain
@@ -138,9 +149,58 @@ pub struct LogsArgs {
     /// Go on until the domain ends
     #[arg(short, long)]
     pub follow: bool,
+    /// What a container's kernel has printed on the console instead of what the container has
+    #[arg(long, conflicts_with = "monitor")]
+    pub console: bool,
     /// What the monitor had to say instead; kept for domains started with --detach
     #[arg(long)]
     pub monitor: bool,
+    /// Which domain.
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `cofferdam exec`.
+#[derive(Debug, Args)]
+#[command(after_help = EXEC_CODES)]
+pub struct ExecArgs {
+    /// Let the command read standard input
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the command a terminal, with standard input
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Which domain.
+    #[command(flatten)]
+    pub target: Target,
+    /// Program and arguments, exactly as the manifest allows them (host.exec)
+    #[arg(required = true, last = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+const EXEC_CODES: &str = "\
+Exit code: that of the command, 128 and its number after a signal; else
+  124  the manifest, the guest or the monitor refuses, or does not answer
+  125  there is no such domain, or no container in it
+  143  a second signal, after which nobody waits for the command";
+
+/// `cofferdam kill`.
+#[derive(Debug, Args)]
+pub struct KillArgs {
+    /// The signal, with or without SIG
+    #[arg(short, long, value_name = "SIGNAL", default_value = "TERM", value_parser = parse_signal)]
+    pub signal: Signal,
+    /// Which domain.
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `cofferdam stats`.
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
     /// Which domain.
     #[command(flatten)]
     pub target: Target,
@@ -198,8 +258,13 @@ Examples:
   For scripts, the console in a file and the result as JSON:
     cofferdam run --kernel vmlinuz --initrd initrd.img --console file=console.log --json
 
+  A container in a domain of its own, whose streams, signals and exit code are the container's:
+    cofferdam run --container DIR -- python3 -c 'print(1)'
+    gzip -d < data.gz | cofferdam run --container DIR -i --env A=1 --user 1000 -- sort
+
 On a terminal, Ctrl-A x stops the domain at once and Ctrl-A Ctrl-A sends a Ctrl-A.
 SIGTERM, SIGINT and SIGHUP press its power button; a second one stops it at once.
+A container gets them itself, as its manifest allows; the second one stops its domain.
 
 Exit codes (exit_reason in the JSON):
   0 or the guest's own code   the guest powered off (power_off)
@@ -216,7 +281,7 @@ Exit codes (exit_reason in the JSON):
 #[command(after_help = RUN_EXAMPLES)]
 pub struct RunArgs {
     /// The kernel: an ELF vmlinux or a bzImage
-    #[arg(long, value_name = "FILE", required_unless_present = "image")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["image", "container"])]
     pub kernel: Option<PathBuf>,
     /// The initial RAM disk
     #[arg(long, value_name = "FILE")]
@@ -225,6 +290,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
     /// An image (IGVM) with kernel, initrd and command line, in place of these
+    ///
+    /// For a container it is by default the one that is installed: ../share/cofferdam/domain.igvm of this program, else
+    /// domain.igvm in $XDG_DATA_HOME/cofferdam or ~/.local/share/cofferdam.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "boot", "boot_protocol"])]
     pub image: Option<PathBuf>,
     /// Who loads the kernel [default: image, or direct with --boot-protocol]
@@ -251,9 +319,9 @@ pub struct RunArgs {
     /// Vsock context id of the guest, 3 or more
     #[arg(long, value_name = "CID", default_value_t = 3, requires = "vsock")]
     pub guest_cid: u32,
-    /// The serial console: stdio, none, or file=FILE
-    #[arg(long, value_name = "WHERE", default_value = "stdio", value_parser = Console::parse)]
-    pub console: Console,
+    /// The serial console: stdio, none, or file=FILE [default: stdio; for a container kept for `cofferdam logs`]
+    #[arg(long, value_name = "WHERE", value_parser = Console::parse)]
+    pub console: Option<Console>,
     /// How the domain is protected
     #[arg(long, value_enum, value_name = "PLATFORM", default_value_t = PlatformArg::Auto)]
     pub platform: PlatformArg,
@@ -278,19 +346,28 @@ pub struct RunArgs {
     /// Return when the domain runs, and print its name; `cofferdam logs` shows its console
     #[arg(short, long, conflicts_with = "json")]
     pub detach: bool,
-    /// Time between a press of the power button and a hard stop: 10s, 500ms, 2m
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
-    pub stop_timeout: Duration,
+    /// Time between a press of the power button and a hard stop: 10s, 500ms, 2m [default: 10s, or a container's own time and 5s]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub stop_timeout: Option<Duration>,
     /// The monitor's program [default: cofferdam-vmm beside this one, else in PATH]
     #[arg(long, value_name = "FILE")]
     pub vmm: Option<PathBuf>,
     /// End standard output with one line of JSON: how the domain ended
     #[arg(long)]
     pub json: bool,
+    /// Say nothing but warnings and errors
+    #[arg(short, long)]
+    pub quiet: bool,
     /// Where the domain is entered while it runs.
     #[command(flatten)]
     pub place: Place,
+    /// The container in it.
+    #[command(flatten)]
+    pub container: ContainerArgs,
 }
+
+/// Time between a press of the power button and a hard stop, if nobody says another, milliseconds.
+const DEFAULT_STOP_MS: u64 = 10_000;
 
 /// Where the console goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -360,14 +437,27 @@ pub enum BootProtocolArg {
 impl RunArgs {
     /// The configuration that these arguments describe, valid as far as that
     /// can be told without touching the host. Errors begin with the option.
-    pub fn domain_config(&self) -> Result<DomainConfig, String> {
-        let config = self.unchecked_config()?;
+    /// That of a domain with a container has what `container` says.
+    pub fn domain_config(&self, container: Option<InDomain>) -> Result<DomainConfig, String> {
+        let config = self.unchecked_config(container)?;
         config.validate().map_err(|error| with_option(&error))?;
         Ok(config)
     }
 
-    fn unchecked_config(&self) -> Result<DomainConfig, String> {
+    fn unchecked_config(&self, container: Option<InDomain>) -> Result<DomainConfig, String> {
         self.check_paths()?;
+        if container.is_some() && self.console == Some(Console::Stdio) {
+            return Err(
+                "--console: standard input and output are the container's; `cofferdam logs --console` \
+                        shows what is kept of the console"
+                    .to_owned(),
+            );
+        }
+        let stop_timeout = self.stop_timeout.or(container.as_ref().map(|one| one.stop_timeout));
+        let (container, image, uds_path) = match container {
+            Some(one) => (Some(one.container), Some(one.image), Some(one.vsock)),
+            None => (None, self.image.clone(), self.vsock.clone()),
+        };
         let vcpu_count = u8::try_from(self.cpus).map_err(|_| {
             let (min, max) = VCPU_COUNT;
             let field = "machine-config.vcpu_count".to_owned();
@@ -391,7 +481,7 @@ impl RunArgs {
                     (Some(BootModeArg::Direct), _) | (None, Some(_)) => BootMode::Direct,
                     (Some(BootModeArg::Image), _) | (None, None) => BootMode::Image,
                 }),
-                image_path: self.image.clone(),
+                image_path: image,
             },
             drives: self
                 .drives
@@ -400,9 +490,9 @@ impl RunArgs {
                 .enumerate()
                 .map(|(index, drive)| drive.into_drive(index))
                 .collect(),
-            container: None,
-            vsock: self.vsock.clone().map(|uds_path| Vsock { guest_cid: self.guest_cid, uds_path }),
-            serial: self.console.serial(),
+            container,
+            vsock: uds_path.map(|uds_path| Vsock { guest_cid: self.guest_cid, uds_path }),
+            serial: self.console.as_ref().map_or_else(Serial::default, Console::serial),
             confidential: Confidential {
                 platform: match self.platform {
                     PlatformArg::Auto => PlatformChoice::Auto,
@@ -417,7 +507,8 @@ impl RunArgs {
                     id_auth: self.snp_id_auth.clone(),
                 },
             },
-            stop_timeout_ms: u64::try_from(self.stop_timeout.as_millis()).unwrap_or(u64::MAX),
+            stop_timeout_ms: stop_timeout
+                .map_or(DEFAULT_STOP_MS, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
             logger: None,
             metrics: None,
         })
@@ -426,8 +517,8 @@ impl RunArgs {
     /// The configuration is JSON, and that is UTF-8.
     fn check_paths(&self) -> Result<(), String> {
         let console = match &self.console {
-            Console::File(file) => Some(file),
-            Console::Stdio | Console::None => None,
+            Some(Console::File(file)) => Some(file),
+            Some(Console::Stdio | Console::None) | None => None,
         };
         let paths = [
             ("--kernel", self.kernel.as_ref()),

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::{Errno, read, write};
+use rustix::stdio::{stderr, stdout};
 
 use crate::kept::LogWriter;
 use crate::terminal::Escape;
@@ -85,16 +86,34 @@ impl Keyboard {
     }
 }
 
-/// The monitor's standard output to ours, byte for byte, and to a log.
+/// Where output is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Our standard output.
+    Stdout,
+    /// Our standard error.
+    Stderr,
+}
+
+impl Target {
+    fn fd(self) -> BorrowedFd<'static> {
+        match self {
+            Self::Stdout => stdout(),
+            Self::Stderr => stderr(),
+        }
+    }
+}
+
+/// Output of a domain to ours, byte for byte, and to a log.
 pub struct Screen {
-    /// From the monitor; `None` at its end.
+    /// Where it comes from; `None` at its end.
     pipe: Option<OwnedFd>,
     log: Option<LogWriter>,
-    /// Whether our standard output takes it; what it does not take is dropped.
-    shows: bool,
+    /// Who takes it; what nobody takes is dropped.
+    target: Option<Target>,
     bytes: Vec<u8>,
     shown: usize,
-    /// Bytes that standard output did not take, once it has failed.
+    /// Bytes that the target did not take, once it has failed.
     lost: Option<usize>,
     last: Option<u8>,
 }
@@ -107,10 +126,25 @@ const PIECE: usize = 4096;
 const MAX_REST: usize = 1 << 20;
 
 impl Screen {
-    /// Reads from `pipe`, which must not block; `shows` tells whether standard output is to have it.
-    pub fn new(pipe: OwnedFd, log: Option<LogWriter>, shows: bool) -> Self {
-        let bytes = Vec::with_capacity(CHUNK);
-        Self { pipe: Some(pipe), log, shows, bytes, shown: 0, lost: None, last: None }
+    /// Reads from `pipe`, which must not block.
+    pub fn new(pipe: Option<OwnedFd>, log: Option<LogWriter>, target: Option<Target>) -> Self {
+        Self { pipe, log, target, bytes: Vec::new(), shown: 0, lost: None, last: None }
+    }
+
+    /// Reads from `pipe` from now on, which must not block.
+    pub fn connect(&mut self, pipe: OwnedFd) {
+        self.pipe = Some(pipe);
+    }
+
+    /// Takes no more, and forgets what waits to be shown.
+    pub fn close(&mut self) {
+        self.pipe = None;
+        self.lose();
+    }
+
+    /// Where it is shown, while bytes wait for that.
+    pub fn shows_on(&self) -> Option<BorrowedFd<'static>> {
+        self.target.filter(|_| self.is_pending()).map(Target::fd)
     }
 
     /// Whether bytes wait to be shown.
@@ -123,12 +157,17 @@ impl Screen {
         if self.is_pending() { None } else { self.pipe.as_ref().map(AsFd::as_fd) }
     }
 
+    /// Whether nothing more is to be shown.
+    pub fn is_done(&self) -> bool {
+        self.pipe.is_none() && !self.is_pending()
+    }
+
     /// Whether the last byte shown leaves a line open.
     pub fn line_is_open(&self) -> bool {
         self.last.is_some_and(|byte| byte != b'\n')
     }
 
-    /// Bytes that standard output did not take, if it has failed.
+    /// Bytes that the target did not take, if it has failed.
     pub fn lost(&self) -> Option<usize> {
         self.lost
     }
@@ -165,24 +204,25 @@ impl Screen {
         }
         let taken = self.bytes.get(start..).unwrap_or_default();
         let kept = self.log.as_mut().map_or(Ok(()), |log| log.write(taken));
-        if !self.shows {
+        if self.target.is_none() {
             self.lose();
         }
         kept.map(|()| true).inspect_err(|_| self.log = None)
     }
 
-    /// Shows a piece. An error says why standard output takes nothing any more.
+    /// Shows a piece. An error says why nobody takes it any more.
     pub fn write(&mut self) -> io::Result<()> {
+        let Some(target) = self.target else { return Ok(()) };
         let pending = self.bytes.get(self.shown..).unwrap_or_default();
         let piece = pending.get(..PIECE).unwrap_or(pending);
-        match write(io::stdout(), piece) {
+        match write(target.fd(), piece) {
             Ok(count) => {
                 self.shown = self.shown.saturating_add(count);
                 self.last = self.shown.checked_sub(1).and_then(|at| self.bytes.get(at)).copied();
             }
             Err(Errno::INTR | Errno::AGAIN) => {}
             Err(error) => {
-                self.shows = false;
+                self.target = None;
                 self.lost = Some(0);
                 self.lose();
                 return Err(error.into());

@@ -1,4 +1,12 @@
-//! `cofferdam container`: makes container images ready for domains.
+//! Containers: `cofferdam container` makes their images ready, `cofferdam run --container` starts them.
+
+pub mod args;
+pub mod attached;
+pub mod derive;
+pub mod requests;
+pub mod side;
+pub mod start;
+pub mod store;
 
 use std::path::PathBuf;
 

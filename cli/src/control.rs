@@ -1,5 +1,6 @@
-//! The commands that ask a domain's monitor for something: stop, pause, resume, wait.
+//! The commands that ask a domain's monitor for something: stop, pause, resume, kill, wait.
 
+use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -8,14 +9,14 @@ use cofferdam_api::status::{ExitReason, Outcome, Phases, VmState, VmStatus};
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::args::{StopArgs, Target, WaitArgs};
+use crate::args::{KillArgs, StopArgs, Target, WaitArgs};
 use crate::run::print_json;
 use crate::run_dir::{Entry, RunDir, RunDirError};
 use crate::say::{Tone, platform_name, print, protection, say};
 use crate::supervise::GRACE;
 
 /// How long a monitor may take for one answer: it is busy for seconds when the host is short of memory.
-const ANSWER: Duration = Duration::from_secs(10);
+pub const ANSWER: Duration = Duration::from_secs(10);
 /// Time between two looks at an entry that is about to go.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -43,6 +44,21 @@ pub enum Failure {
     /// Nothing is kept of what is asked for.
     #[error("{0}")]
     NotKept(String),
+    /// There is nothing to run a command in.
+    #[error("domain {0} has no container that `cofferdam run` has started")]
+    NoContainer(String),
+    /// A command cannot be served.
+    #[error("domain {id}: cannot run a command in its container: {error}")]
+    Here {
+        /// Name of the domain.
+        id: String,
+        /// What the host answered.
+        #[source]
+        error: io::Error,
+    },
+    /// Nobody waits for a command any more.
+    #[error("domain {0}: the command goes on without this one")]
+    Left(String),
 }
 
 impl Failure {
@@ -50,7 +66,10 @@ impl Failure {
     pub fn report(&self) -> u8 {
         say(Tone::Error, &self.to_string(), false);
         match self {
-            Self::Place(_) | Self::Ended(_) | Self::NotKept(_) => 125,
+            Self::Place(_) | Self::Ended(_) | Self::NotKept(_) | Self::NoContainer(_) | Self::Here { .. } => {
+                125
+            }
+            Self::Left(_) => ExitReason::Stopped.process_exit_code(None),
             Self::Monitor { .. } | Self::Stays(_) => 124,
         }
     }
@@ -133,6 +152,14 @@ pub fn resume(target: &Target) -> u8 {
         domain.ask(Client::resume)?;
         domain.print_state()
     }))
+}
+
+/// `cofferdam kill`.
+pub fn kill(args: &KillArgs) -> u8 {
+    done(
+        Domain::find(&args.target)
+            .and_then(|domain| domain.ask(|client| client.container_kill(&args.signal.to_string(), None))),
+    )
 }
 
 /// The exit code of a command that was done, or failed.

@@ -12,17 +12,19 @@ use rustix::process::{Signal, getpid, kill_process, setsid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use crate::args::RunArgs;
+use crate::container::start::Start;
 use crate::run::{refused, report, say_running, to_its_end};
+use crate::waiting::Waiting;
 
 /// Longest line that the background process says, bytes.
 const MAX_LINE: u64 = 64 * 1024;
 
 /// Starts a domain in the background. Returns the exit code: 0 once it runs.
-pub fn run(args: &RunArgs, start_time_us: u64) -> u8 {
+pub fn run(args: &RunArgs, container: Option<&Start>, start_time_us: u64) -> u8 {
     match split() {
-        Ok(Side::Foreground { child, pipe }) => wait_for(args, child, pipe),
+        Ok(Side::Foreground { child, pipe }) => wait_for(args, container, child, pipe),
         Ok(Side::Background(mut starter)) => {
-            let (_, ended) = to_its_end(args, start_time_us, Some(&mut starter));
+            let (_, ended) = to_its_end(args, container, start_time_us, Some(&mut starter));
             let code = ended.outcome.process_exit_code();
             starter.tell(&Event::Stopped(ended.outcome));
             code
@@ -54,15 +56,20 @@ impl Starter {
     }
 }
 
-fn wait_for(args: &RunArgs, child: u32, pipe: File) -> u8 {
+fn wait_for(args: &RunArgs, container: Option<&Start>, child: u32, pipe: File) -> u8 {
+    let waiting = container.map(|_| Waiting::new("starting the container"));
     let mut line = String::new();
     let read = BufReader::new(pipe.take(MAX_LINE)).read_line(&mut line);
     let event = read.map_err(|error| error.to_string()).and_then(|_| {
         serde_json::from_str(&line).map_err(|_| "the process in the background has ended".to_owned())
     });
+    drop(waiting);
+    let manifest = container.map(|container| &container.bound.digest);
     let outcome = match (event, args.domain_id(child)) {
         (Ok(Event::Running { platform, protected }), Ok(id)) => {
-            say_running(&id, platform, protected, false);
+            if !args.quiet {
+                say_running(&id, platform, protected, manifest, false);
+            }
             // Who closed standard output does not want it.
             let _ = writeln!(io::stdout(), "{id}");
             return 0;

@@ -18,6 +18,10 @@ pub const MAX_LOG: u64 = 1 << 20;
 pub enum Log {
     /// What the guest prints on its console.
     Console,
+    /// Standard output of a container.
+    Stdout,
+    /// Standard error of a container.
+    Stderr,
     /// What the monitor of a domain in the background has to say.
     Monitor,
 }
@@ -26,6 +30,8 @@ impl Log {
     fn newer(self) -> &'static str {
         match self {
             Self::Console => "console.log",
+            Self::Stdout => "stdout.log",
+            Self::Stderr => "stderr.log",
             Self::Monitor => "monitor.log",
         }
     }
@@ -33,6 +39,8 @@ impl Log {
     fn older(self) -> &'static str {
         match self {
             Self::Console => "console.log.1",
+            Self::Stdout => "stdout.log.1",
+            Self::Stderr => "stderr.log.1",
             Self::Monitor => "monitor.log.1",
         }
     }

@@ -7,6 +7,7 @@ mod container;
 mod control;
 mod detach;
 mod drive;
+mod exec;
 mod host_check;
 mod image;
 mod inspect;
@@ -19,10 +20,15 @@ mod run;
 mod run_dir;
 mod say;
 mod signals;
+mod stats;
 mod status;
+mod streams;
 mod supervise;
+mod table;
 mod terminal;
 mod units;
+mod wait;
+mod waiting;
 
 use std::env;
 use std::process::ExitCode;
@@ -50,6 +56,9 @@ pub fn main() -> ExitCode {
             Command::Ps(args) => ps::ps(&args),
             Command::Inspect(target) => inspect::inspect(&target),
             Command::Logs(args) => logs::logs(&args),
+            Command::Exec(args) => exec::exec(&args),
+            Command::Kill(args) => control::kill(&args),
+            Command::Stats(args) => stats::stats(&args),
             Command::Stop(args) => control::stop(&args),
             Command::Pause(target) => control::pause(&target),
             Command::Resume(target) => control::resume(&target),

@@ -1,4 +1,5 @@
-//! `cofferdam logs`: what is kept of what a domain has printed.
+//! `cofferdam logs`: what is kept of what a domain has printed. That of a container's process comes on two streams, as
+//! it was written.
 
 use std::io::{self, Write};
 use std::thread;
@@ -17,37 +18,59 @@ pub fn logs(args: &LogsArgs) -> u8 {
 }
 
 fn print_log(args: &LogsArgs, domain: &Domain) -> Result<(), Failure> {
-    let log = if args.monitor { Log::Monitor } else { Log::Console };
-    let id = &domain.entry.id;
-    let failed = |error: io::Error| Failure::NotKept(format!("the log of domain {id}: {error}"));
-    let mut reader = LogReader::open(&domain.entry.dir, log).map_err(failed)?.ok_or_else(|| {
-        Failure::NotKept(match log {
-            Log::Console => format!("the console of domain {id} is not kept: it is not on stdio"),
-            Log::Monitor => {
-                format!("what the monitor of domain {id} says is not kept: it runs in the foreground")
-            }
-        })
-    })?;
-    let mut stdout = io::stdout().lock();
+    let failed = |error| failed(domain, error);
+    let mut readers = open(args, domain)?;
     let mut bytes = [0; 16 * 1024];
     let mut ended = !args.follow;
     loop {
-        match reader.read(&mut bytes).map_err(failed)? {
-            0 if ended => return Ok(()),
-            // What it printed last is there when it has ended.
-            0 => {
-                ended = !domain.run_dir.is_live(&domain.entry)?;
-                if !ended {
-                    thread::sleep(LOOK);
-                }
+        let mut printed = false;
+        for (log, reader) in &mut readers {
+            let count = reader.read(&mut bytes).map_err(failed)?;
+            let text = bytes.get(..count).unwrap_or_default();
+            let result = match log {
+                Log::Stderr => io::stderr().lock().write_all(text),
+                _ => io::stdout().lock().write_all(text).and_then(|()| io::stdout().lock().flush()),
+            };
+            if result.is_err() {
+                // Who closed the stream has seen enough.
+                return Ok(());
             }
-            count => {
-                let text = bytes.get(..count).unwrap_or_default();
-                if stdout.write_all(text).and_then(|()| stdout.flush()).is_err() {
-                    // Who closed standard output has seen enough.
-                    return Ok(());
-                }
-            }
+            printed |= count > 0;
+        }
+        if printed {
+            continue;
+        }
+        if ended {
+            return Ok(());
+        }
+        // What it printed last is there when it has ended.
+        ended = !domain.run_dir.is_live(&domain.entry)?;
+        if !ended {
+            thread::sleep(LOOK);
         }
     }
+}
+
+/// The logs that are wanted: by default what a container's process, or else the console has printed.
+fn open<'a>(args: &LogsArgs, domain: &'a Domain) -> Result<Vec<(Log, LogReader<'a>)>, Failure> {
+    let find = |log| {
+        let reader = LogReader::open(&domain.entry.dir, log).map_err(|error| failed(domain, error))?;
+        Ok::<_, Failure>(reader.map(|reader| (log, reader)))
+    };
+    let id = &domain.entry.id;
+    if args.monitor {
+        let missing = format!("what the monitor of domain {id} says is not kept: it runs in the foreground");
+        return find(Log::Monitor)?.map(|log| vec![log]).ok_or(Failure::NotKept(missing));
+    }
+    let of_container = if args.console { [None, None] } else { [find(Log::Stdout)?, find(Log::Stderr)?] };
+    let of_container: Vec<_> = of_container.into_iter().flatten().collect();
+    if !of_container.is_empty() {
+        return Ok(of_container);
+    }
+    let missing = format!("the console of domain {id} is not kept: it is not on stdio");
+    find(Log::Console)?.map(|log| vec![log]).ok_or(Failure::NotKept(missing))
+}
+
+fn failed(domain: &Domain, error: io::Error) -> Failure {
+    Failure::NotKept(format!("the log of domain {}: {error}", domain.entry.id))
 }

@@ -40,8 +40,8 @@ pub struct Launch<'a> {
     pub start_time_us: u64,
     /// Where its API is asked.
     pub api: UnixListener,
-    /// The lock that it holds while it lives.
-    pub lock: BorrowedFd<'a>,
+    /// What it inherits beside that: the lock that it holds while it lives, and what its configuration names.
+    pub inherited: &'a [BorrowedFd<'a>],
     /// Its standard input.
     pub stdin: Stdio,
     /// Its standard output.
@@ -81,7 +81,7 @@ impl Monitor {
         let config = config_file(launch.config)?;
         let (status, status_writer) = pipe_with(PipeFlags::CLOEXEC)?;
         set_nonblocking(&status)?;
-        for inherited in [status_writer.as_fd(), launch.api.as_fd(), launch.lock] {
+        for inherited in [status_writer.as_fd(), launch.api.as_fd()].iter().chain(launch.inherited) {
             fcntl_setfd(inherited, FdFlags::empty())?;
         }
         let mut child = Command::new(program)

@@ -1,12 +1,11 @@
 //! `cofferdam ps`: the domains that run.
 
-use std::fmt::Write as _;
 use std::thread;
 use std::time::Duration;
 
 use cofferdam_api::client::{Client, ClientError};
 use cofferdam_api::config::MachineConfig;
-use cofferdam_api::status::VmStatus;
+use cofferdam_api::status::{ContainerStatus, VmStatus};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
@@ -14,6 +13,7 @@ use crate::args::PsArgs;
 use crate::control::{Failure, state_name};
 use crate::run_dir::{Entry, Facts, RunDir};
 use crate::say::{platform_name, print, protection};
+use crate::table::table;
 
 /// How long one monitor may take.
 const ANSWER: Duration = Duration::from_secs(2);
@@ -82,33 +82,22 @@ fn json_form(rows: &[Row]) -> Value {
             "uptime_ms": row.facts.map(|facts| facts.uptime_us() / 1000),
             "vcpu_count": machine.map(|machine| machine.vcpu_count),
             "mem_size_mib": machine.map(|machine| machine.mem_size_mib),
+            "container": status.and_then(|status| status.container.as_ref()),
         })
     };
     rows.iter().map(object).collect()
 }
 
-const COLUMNS: usize = 8;
-const HEAD: [&str; COLUMNS] = ["ID", "STATE", "PLATFORM", "PROTECTION", "PID", "UPTIME", "VCPUS", "MEMORY"];
+const COLUMNS: usize = 9;
+const HEAD: [&str; COLUMNS] =
+    ["ID", "STATE", "PLATFORM", "PROTECTION", "PID", "UPTIME", "VCPUS", "MEMORY", "CONTAINER"];
 /// The columns of numbers stand at the right.
-const RIGHT: [bool; COLUMNS] = [false, false, false, false, true, true, true, true];
+const RIGHT: [bool; COLUMNS] = [false, false, false, false, true, true, true, true, false];
+/// So many digits of a manifest's digest tell containers apart.
+const DIGEST: usize = 12;
 
 fn text_form(rows: &[Row]) -> String {
-    let head = HEAD.map(str::to_owned);
-    let table: Vec<[String; COLUMNS]> = [head].into_iter().chain(rows.iter().map(cells)).collect();
-    let widths: [usize; COLUMNS] = std::array::from_fn(|column| {
-        table.iter().filter_map(|line| line.get(column)).map(String::len).max().unwrap_or(0)
-    });
-    let mut text = String::new();
-    for line in &table {
-        let mut words = String::new();
-        for ((cell, width), right) in line.iter().zip(widths).zip(RIGHT) {
-            // Writing to a String cannot fail.
-            let _ = if right { write!(words, "{cell:>width$}  ") } else { write!(words, "{cell:width$}  ") };
-        }
-        text.push_str(words.trim_end());
-        text.push('\n');
-    }
-    text
+    table(HEAD, RIGHT, rows.iter().map(cells))
 }
 
 fn cells(row: &Row) -> [String; COLUMNS] {
@@ -117,7 +106,7 @@ fn cells(row: &Row) -> [String; COLUMNS] {
     let uptime = row.facts.map_or_else(unknown, |facts| duration(facts.uptime_us() / 1_000_000));
     let Some((status, machine)) = &row.answer else {
         let [state, protection] = ["no answer", protection(false)].map(str::to_owned);
-        return [row.id.clone(), state, unknown(), protection, pid, uptime, unknown(), unknown()];
+        return [row.id.clone(), state, unknown(), protection, pid, uptime, unknown(), unknown(), unknown()];
     };
     [
         row.id.clone(),
@@ -128,7 +117,14 @@ fn cells(row: &Row) -> [String; COLUMNS] {
         uptime,
         machine.vcpu_count.to_string(),
         memory(machine.mem_size_mib),
+        status.container.as_ref().map_or_else(unknown, |container| container_cell(container)),
     ]
+}
+
+/// The step that a container is in, and the first digits of its manifest's digest.
+fn container_cell(status: &ContainerStatus) -> String {
+    let digits: String = status.manifest_digest.chars().take(DIGEST).collect();
+    format!("{} {digits}", status.step.as_deref().unwrap_or("starting"))
 }
 
 /// Seconds as people read them: the two largest units.
@@ -170,11 +166,19 @@ mod tests {
 
     #[test]
     fn the_table_is_aligned() {
-        let rows = [row("a", Some(VmState::Running)), row("a-longer-name", None)];
+        let mut rows =
+            [row("a", Some(VmState::Running)), row("a-longer-name", None), row("b", Some(VmState::Paused))];
+        rows[0].answer.as_mut().unwrap().0.container = Some(Box::new(ContainerStatus {
+            manifest_digest: "0123456789abcdef".to_owned(),
+            asserted_by_host: true,
+            step: Some("running".to_owned()),
+            failure: None,
+        }));
         let lines = [
-            "ID             STATE      PLATFORM  PROTECTION     PID  UPTIME  VCPUS  MEMORY",
-            "a              running    plain     not protected    -       -     32   2 GiB",
-            "a-longer-name  no answer  -         not protected    -       -      -       -",
+            "ID             STATE      PLATFORM  PROTECTION     PID  UPTIME  VCPUS  MEMORY  CONTAINER",
+            "a              running    plain     not protected    -       -     32   2 GiB  running 0123456789ab",
+            "a-longer-name  no answer  -         not protected    -       -      -       -  -",
+            "b              paused     plain     not protected    -       -     32   2 GiB  -",
         ];
         assert_eq!(text_form(&rows), format!("{}\n", lines.join("\n")));
         assert_eq!(text_form(&[]).lines().count(), 1);
@@ -186,7 +190,7 @@ mod tests {
         assert_eq!((&json[0]["state"], &json[0]["mem_size_mib"]), (&json!("Paused"), &json!(2048)));
         assert_eq!((&json[1]["state"], &json[1]["protected"]), (&Value::Null, &json!(false)));
         for object in json.as_array().unwrap() {
-            assert_eq!(object.as_object().unwrap().len(), 8);
+            assert_eq!(object.as_object().unwrap().len(), 9);
         }
     }
 

@@ -31,9 +31,17 @@ pub fn print(text: &str) {
     let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
 }
 
-/// That domain `id` runs, and what that means.
-pub fn running(id: &str, platform: Platform, protected: bool) -> String {
-    format!("domain {id} runs on platform {}: {}", platform_name(platform), protection(protected))
+/// That domain `id` runs, and what that means; with a container, what binds its manifest.
+pub fn running(id: &str, platform: Platform, protected: bool, manifest: Option<&[u8; 32]>) -> String {
+    let (name, protection) = (platform_name(platform), protection(protected));
+    let Some(digest) = manifest else { return format!("domain {id} runs on platform {name}: {protection}") };
+    let bound = if protected { "bound by the launch" } else { "asserted by this host alone" };
+    format!("container {id} is on platform {name}: {protection}; manifest sha256:{}, {bound}", hex(digest))
+}
+
+/// A digest in hexadecimal.
+pub fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The name of `platform`.

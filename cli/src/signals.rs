@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 /// The signals that ask for an end.
-const SIGNALS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+pub const ENDS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
 /// Where the handler writes; -1 as long as there is no pipe.
 static WRITE_END: AtomicI32 = AtomicI32::new(-1);
@@ -23,13 +23,13 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Begins to catch the signals that ask for an end. One that the parent
-    /// process had set to be ignored (nohup(1) does that) stays ignored.
-    pub fn catch() -> io::Result<Self> {
+    /// Begins to catch `signals`. One that the parent process had set to be
+    /// ignored (nohup(1) does that) stays ignored.
+    pub fn catch(signals: &[libc::c_int]) -> io::Result<Self> {
         let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         // The descriptor stays open for good: a handler may run at any time.
         WRITE_END.store(write_end.into_raw_fd(), Ordering::SeqCst);
-        for signal in SIGNALS {
+        for &signal in signals {
             catch_one(signal)?;
         }
         Ok(Self { read_end })
@@ -42,10 +42,11 @@ impl Signals {
         (Self { read_end }, write_end)
     }
 
-    /// Number of signals that have come since the last call.
-    pub fn take(&self) -> usize {
+    /// The signals that have come since the last call.
+    pub fn take(&self) -> Vec<libc::c_int> {
         let mut bytes = [0; 64];
-        rustix::io::read(&self.read_end, &mut bytes).unwrap_or(0)
+        let count = rustix::io::read(&self.read_end, &mut bytes).unwrap_or(0);
+        bytes.iter().take(count).map(|&signal| signal.into()).collect()
     }
 }
 
@@ -82,13 +83,13 @@ fn catch_one(signal: libc::c_int) -> io::Result<()> {
     Ok(())
 }
 
-extern "C" fn handler(_signal: libc::c_int) {
+extern "C" fn handler(signal: libc::c_int) {
     // SAFETY: errno is this thread's own, and write(2) is async-signal-safe. The
     // descriptor is never closed; if the pipe is full, enough signals are in it.
     unsafe {
         let errno = libc::__errno_location();
         let saved = *errno;
-        libc::write(WRITE_END.load(Ordering::SeqCst), [1_u8].as_ptr().cast(), 1);
+        libc::write(WRITE_END.load(Ordering::SeqCst), [signal as u8].as_ptr().cast(), 1);
         *errno = saved;
     }
 }
@@ -99,13 +100,13 @@ mod tests {
 
     #[test]
     fn a_signal_becomes_a_byte() {
-        let signals = Signals::catch().unwrap();
-        assert_eq!(signals.take(), 0);
-        for signal in SIGNALS {
+        let signals = Signals::catch(&ENDS).unwrap();
+        assert!(signals.take().is_empty());
+        for signal in ENDS {
             // SAFETY: raises a signal that is caught.
             assert_eq!(unsafe { libc::raise(signal) }, 0);
         }
-        assert_eq!(signals.take(), SIGNALS.len());
-        assert_eq!(signals.take(), 0);
+        assert_eq!(signals.take(), ENDS);
+        assert!(signals.take().is_empty());
     }
 }

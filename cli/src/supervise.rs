@@ -8,22 +8,25 @@
 //! that does not end in time is killed.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use cofferdam_api::status::{Event, ExitReason, Outcome, Phases, Platform};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::event::PollFlags;
 use rustix::process::Signal;
 
 use crate::console::{Keyboard, Messages, Screen};
+use crate::container::side::{Side, Wish};
+use crate::kept::{Log, LogWriter};
 use crate::monitor::Monitor;
 use crate::run_dir::OwnEntry;
 use crate::say::{Tone, running, say};
 use crate::signals::Signals;
 use crate::status::StatusReader;
+use crate::streams::Happened;
+use crate::wait::wait_for;
 
 /// A good value for [`Supervisor::grace`]: the memory of a large domain takes seconds to free.
 pub const GRACE: Duration = Duration::from_secs(30);
@@ -31,12 +34,16 @@ pub const GRACE: Duration = Duration::from_secs(30);
 const SWEEP: Duration = Duration::from_secs(1);
 /// Exit status of a monitor that made a system call that its seccomp policy forbids.
 const FORBIDDEN_CALL: i32 = 148;
+/// The step in which a container's process runs.
+const RUNNING: &str = "running";
 /// Time between two requests to stop at once.
 const REPEAT: Duration = Duration::from_millis(200);
 
 /// What the loop waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
+    Stream(Happened),
+    Answer,
     Monitor,
     Status,
     Signals,
@@ -67,6 +74,8 @@ pub struct Supervisor {
     pub keyboard: Option<Keyboard>,
     /// What is shown and kept, if the console is ours.
     pub screen: Option<Screen>,
+    /// The container, if the domain has one.
+    pub container: Option<Side>,
     /// What the monitor says, if that does not go straight to standard error.
     pub messages: Option<Messages>,
     /// The domain's entry, which is removed when the monitor has ended.
@@ -77,6 +86,15 @@ pub struct Supervisor {
     pub stop_timeout: Duration,
     /// What the monitor may take beyond that, and after its last word.
     pub grace: Duration,
+}
+
+/// What runs, on which platform, and whether that protects it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reached {
+    /// The domain.
+    Domain(Platform, bool),
+    /// The process of its container.
+    Container(Platform, bool),
 }
 
 /// How it went.
@@ -92,6 +110,8 @@ pub struct Ended {
 /// What changes while the loop runs.
 struct Progress {
     platform: Option<(Platform, bool)>,
+    /// Whether the container runs.
+    contained: bool,
     outcome: Option<Outcome>,
     stop: Stop,
     sweep_at: Option<Instant>,
@@ -101,10 +121,11 @@ struct Progress {
 }
 
 impl Supervisor {
-    /// Waits until the monitor has ended. `running` is called when the domain runs.
-    pub fn run(mut self, mut running: impl FnMut(Platform, bool)) -> Ended {
+    /// Waits until the monitor has ended. `running` is called when the domain runs, and when its container does.
+    pub fn run(mut self, mut running: impl FnMut(Reached)) -> Ended {
         let mut progress = Progress {
             platform: None,
+            contained: false,
             outcome: None,
             stop: Stop::No,
             sweep_at: Instant::now().checked_add(SWEEP),
@@ -140,14 +161,14 @@ impl Supervisor {
         if let Some(lost) = self.screen.as_ref().and_then(Screen::lost) {
             say(Tone::Warning, &format!("{lost} bytes of console output were lost"), self.raw);
         }
-        let line_is_open = self.screen.as_ref().is_some_and(Screen::line_is_open);
+        let line_is_open = self.screen.as_ref().is_some_and(Screen::line_is_open)
+            || self.container.as_ref().is_some_and(|container| container.process.streams.line_is_open());
         Ended { outcome, in_order, line_is_open }
     }
 
     /// Waits for the first thing to happen, until `deadline`.
     fn wait(&self, deadline: Option<Instant>) -> Vec<Source> {
         let stdin = io::stdin();
-        let stdout = io::stdout();
         let mut waits: Vec<(Source, BorrowedFd<'_>, PollFlags)> = vec![
             (Source::Signals, self.signals.as_fd(), PollFlags::IN),
             (Source::Monitor, self.monitor.pidfd.as_fd(), PollFlags::IN),
@@ -164,8 +185,8 @@ impl Supervisor {
             }
         }
         if let Some(screen) = &self.screen {
-            if screen.is_pending() {
-                waits.push((Source::Shown, stdout.as_fd(), PollFlags::OUT));
+            if let Some(target) = screen.shows_on() {
+                waits.push((Source::Shown, target, PollFlags::OUT));
             }
             if let Some(pipe) = screen.waits_for() {
                 waits.push((Source::FromMonitor, pipe, PollFlags::IN));
@@ -174,25 +195,44 @@ impl Supervisor {
         if let Some(pipe) = self.messages.as_ref().and_then(Messages::waits_for) {
             waits.push((Source::Messages, pipe, PollFlags::IN));
         }
+        if let Some(container) = &self.container {
+            waits.push((Source::Answer, container.process.answers(), PollFlags::IN));
+            let streams = container.process.streams.waits();
+            waits.extend(
+                streams.into_iter().map(|(happened, fd, flags)| (Source::Stream(happened), fd, flags)),
+            );
+        }
         wait_for(&waits, deadline)
     }
 
-    fn serve(&mut self, source: Source, progress: &mut Progress, running: &mut impl FnMut(Platform, bool)) {
+    fn serve(&mut self, source: Source, progress: &mut Progress, running: &mut impl FnMut(Reached)) {
         match source {
             // Waited for when everything else is served.
             Source::Monitor => {}
             Source::Status => {
                 let ran = progress.platform.is_some();
+                self.container.iter_mut().for_each(|container| container.process.hush());
                 self.status.read(|event| progress.note(event, self.grace, running));
                 if let (false, Some((platform, protected))) = (ran, progress.platform) {
                     self.note_running(platform, protected);
                 }
+                if let Some(container) = &mut self.container {
+                    if progress.contained { container.runs() } else { container.process.wait_aloud() }
+                }
             }
             Source::Signals => {
-                for _ in 0..self.signals.take() {
-                    let next = if progress.stop == Stop::No { Stop::InOrder } else { Stop::AtOnce };
-                    self.ask(next, progress);
+                for signal in self.signals.take() {
+                    let wish =
+                        self.container.as_mut().map_or(Wish::End, |container| container.signal(signal));
+                    self.mind(wish, progress);
                 }
+            }
+            Source::Stream(happened) => {
+                self.container.iter_mut().for_each(|container| container.process.serve(happened))
+            }
+            Source::Answer => {
+                let wish = self.container.as_mut().map_or(Wish::Nothing, Side::take_answers);
+                self.mind(wish, progress);
             }
             Source::Typed => {
                 if self.keyboard.as_mut().is_some_and(Keyboard::read) {
@@ -214,7 +254,8 @@ impl Supervisor {
     /// What a domain in the foreground says on standard error, one in the background keeps.
     fn note_running(&mut self, platform: Platform, protected: bool) {
         if let (Some(messages), Some(entry)) = (&mut self.messages, &self.entry) {
-            messages.note(&running(&entry.entry().id, platform, protected));
+            let manifest = self.container.as_ref().map(Side::digest);
+            messages.note(&running(&entry.entry().id, platform, protected, manifest));
         }
     }
 
@@ -229,6 +270,15 @@ impl Supervisor {
     fn mind_the_log(&self, result: io::Result<()>) {
         if let Err(error) = result {
             not_kept(&error, self.raw);
+        }
+    }
+
+    /// Does what a signal asks for, unless it was for the container.
+    fn mind(&self, wish: Wish, progress: &mut Progress) {
+        match wish {
+            Wish::Nothing => {}
+            Wish::End if progress.stop == Stop::No => self.ask(Stop::InOrder, progress),
+            Wish::End => self.ask(Stop::AtOnce, progress),
         }
     }
 
@@ -267,20 +317,32 @@ impl Supervisor {
             self.mind_the_log(result);
         }
         while self.messages.as_mut().is_some_and(Messages::read) {}
+        self.container.iter_mut().for_each(|container| container.process.take_the_rest());
     }
 
     /// Shows what waits to be shown, unless someone who does not read it makes us wait and a signal ends that.
     fn show_the_rest(&mut self) {
-        let stdout = io::stdout();
-        while self.screen.as_ref().is_some_and(Screen::is_pending) {
-            let signals = (Source::Signals, self.signals.as_fd(), PollFlags::IN);
-            let shown = (Source::Shown, stdout.as_fd(), PollFlags::OUT);
-            let ready = wait_for(&[signals, shown], None);
-            if ready.contains(&Source::Signals) {
+        loop {
+            let mut waits = vec![(Source::Signals, self.signals.as_fd(), PollFlags::IN)];
+            if let Some(stdout) = self.screen.as_ref().and_then(Screen::shows_on) {
+                waits.push((Source::Shown, stdout, PollFlags::OUT));
+            }
+            if let Some(container) = &self.container {
+                let streams = container.process.streams.pending().into_iter();
+                waits.extend(streams.map(|(happened, fd, flags)| (Source::Stream(happened), fd, flags)));
+            }
+            if waits.len() == 1 {
                 return;
             }
-            if ready.contains(&Source::Shown) {
-                self.show();
+            for source in wait_for(&waits, None) {
+                match source {
+                    Source::Shown => self.show(),
+                    Source::Stream(happened) => {
+                        self.container.iter_mut().for_each(|container| container.process.serve(happened));
+                    }
+                    Source::Signals => return,
+                    _ => {}
+                }
             }
         }
     }
@@ -291,15 +353,27 @@ pub fn not_kept(error: &io::Error, raw: bool) {
     say(Tone::Warning, &format!("cannot keep what `cofferdam logs` shows: {error}"), raw);
 }
 
+/// A log in the entry of a domain, unless the host refuses it.
+pub fn log(entry: &OwnedFd, log: Log, raw: bool) -> Option<LogWriter> {
+    LogWriter::new(entry, log).inspect_err(|error| not_kept(error, raw)).ok()
+}
+
 impl Progress {
-    fn note(&mut self, event: Event, grace: Duration, running: &mut impl FnMut(Platform, bool)) {
+    fn note(&mut self, event: Event, grace: Duration, running: &mut impl FnMut(Reached)) {
         match event {
             Event::Running { platform, protected } => {
                 if self.platform.replace((platform, protected)).is_none() {
-                    running(platform, protected);
+                    running(Reached::Domain(platform, protected));
                 }
             }
-            Event::Step { .. } => {}
+            Event::Step { step } => {
+                if let (RUNNING, false, Some((platform, protected))) =
+                    (step.as_str(), self.contained, self.platform)
+                {
+                    self.contained = true;
+                    running(Reached::Container(platform, protected));
+                }
+            }
             Event::Stopped(outcome) => {
                 self.outcome.get_or_insert(outcome);
                 self.kill_by(Instant::now().checked_add(grace));
@@ -366,28 +440,6 @@ impl Progress {
     }
 }
 
-/// Those of `waits` for which something has happened, or none at `deadline`.
-fn wait_for(waits: &[(Source, BorrowedFd<'_>, PollFlags)], deadline: Option<Instant>) -> Vec<Source> {
-    let mut polled: Vec<PollFd<'_>> =
-        waits.iter().map(|(_, fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
-    let timeout = deadline.map(|at| {
-        let left = at.saturating_duration_since(Instant::now());
-        Timespec {
-            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: left.subsec_nanos().into(),
-        }
-    });
-    match poll(&mut polled, timeout.as_ref()) {
-        Ok(_) => {}
-        // The signal is in its pipe.
-        Err(Errno::INTR) => return Vec::new(),
-        // Short of memory: not for long, and not in a busy loop.
-        Err(_) => std::thread::sleep(Duration::from_millis(10)),
-    }
-    let happened = |fd: &PollFd<'_>| !fd.revents().is_empty();
-    waits.iter().zip(&polled).filter(|(_, fd)| happened(fd)).map(|((source, ..), _)| *source).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -418,21 +470,33 @@ mod tests {
             id: "d",
             start_time_us: 0,
             api: UnixListener::bind(folder.path().join("api")).unwrap(),
-            lock: File::open("/dev/null").unwrap().as_fd(),
+            inherited: &[File::open("/dev/null").unwrap().as_fd()],
             stdin: Stdio::null(),
             stdout: Stdio::null(),
             stderr: Stdio::inherit(),
         })
         .unwrap();
         let (signals, pipe) = Signals::none();
-        rustix::io::write(&pipe, &[1, 1][..at_once]).unwrap();
+        rustix::io::write(&pipe, &[15, 15][..at_once]).unwrap();
         let (status, grace) = (StatusReader::new(pipes.status), Duration::from_millis(100));
         let (keyboard, screen, stop_timeout) = (None, None, Duration::from_millis(1));
-        let (messages, entry, raw) = (None, None, false);
-        Supervisor { monitor, status, signals, keyboard, screen, messages, entry, raw, stop_timeout, grace }
-            .run(|_, _| {
-                rustix::io::write(&pipe, &[1, 1][..ask]).unwrap();
-            })
+        let (container, messages, entry, raw) = (None, None, None, false);
+        let supervisor = Supervisor {
+            monitor,
+            status,
+            signals,
+            keyboard,
+            screen,
+            container,
+            messages,
+            entry,
+            raw,
+            stop_timeout,
+            grace,
+        };
+        supervisor.run(|_| {
+            rustix::io::write(&pipe, &[15, 15][..ask]).unwrap();
+        })
     }
 
     #[test]

@@ -12,7 +12,7 @@ fn run_args(extra: &[&str]) -> Result<Box<RunArgs>, clap::Error> {
 }
 
 fn config(extra: &[&str]) -> Result<DomainConfig, String> {
-    run_args(extra).map_err(|error| error.to_string())?.domain_config()
+    run_args(extra).map_err(|error| error.to_string())?.domain_config(None)
 }
 
 #[test]
@@ -62,7 +62,7 @@ fn a_path_that_is_not_utf_8_is_refused_by_its_option() {
     let words = ["cofferdam", "run", "--kernel", "k", "--vsock"].map(OsString::from);
     let words = words.into_iter().chain([OsString::from_vec(b"a\xff".into())]);
     let Command::Run(args) = Cli::try_parse_from(words).unwrap().command else { unreachable!() };
-    assert_eq!(args.domain_config().unwrap_err(), "--vsock: the path \"a\\xFF\" is not UTF-8");
+    assert_eq!(args.domain_config(None).unwrap_err(), "--vsock: the path \"a\\xFF\" is not UTF-8");
 }
 
 #[test]
