@@ -201,3 +201,80 @@ fn clean(message: &str) -> String {
     let printable = |letter: char| if letter.is_control() { '\u{fffd}' } else { letter };
     message.chars().take(MAX_MESSAGE).map(printable).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream as Stream;
+
+    use cofferdam_container_protocol::message::Refused;
+
+    use super::*;
+
+    fn run<T>(future: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(future)
+    }
+
+    /// What comes of a connection on which the device and the guest say `words`, and no more.
+    fn stats(words: &[u8]) -> Result<ContainerStats, String> {
+        let (ours, mut theirs) = Stream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        theirs.write_all(words).unwrap();
+        theirs.shutdown(std::net::Shutdown::Write).unwrap();
+        run(async {
+            let mut guest = Guest::connect(UnixStream::from_std(ours).unwrap()).await?;
+            super::stats(&mut guest).await
+        })
+        .map_err(|error| error.to_string())
+    }
+
+    fn answer(stream: u32, kind: Kind, response: &Response) -> Vec<u8> {
+        let payload = response.encode_to_vec();
+        [b"OK 7\n".to_vec(), Frame { stream, kind, payload }.encode().unwrap()].concat()
+    }
+
+    #[test]
+    fn only_the_answer_to_what_was_asked_is_taken() {
+        let good = StatsResponse {
+            cpu_us: 1,
+            refused: [("Signal", 2), ("Format", 3)]
+                .map(|(method, count)| Refused { method: method.to_owned(), count })
+                .into(),
+            ..StatsResponse::default()
+        };
+        let good = Response::done(&good);
+        let expected = ContainerStats {
+            cpu_us: 1,
+            refused: [("Signal".to_owned(), 2)].into(),
+            ..ContainerStats::default()
+        };
+        assert_eq!(stats(&answer(1, Kind::Response, &good)), Ok(expected));
+        let nonsense = "container: the guest answered with what is no answer to Stats";
+        let broken = Response { status: None, payload: vec![0xFF] };
+        let refusal = |code, message: &str| answer(1, Kind::Response, &Response::refused(code, message));
+        let long = Response { status: None, payload: vec![0; MAX_ANSWER] };
+        for (words, message) in [
+            (answer(3, Kind::Response, &good), nonsense),
+            (answer(1, Kind::Request, &good), nonsense),
+            (answer(1, Kind::Response, &broken), nonsense),
+            (refusal(code::NOT_FOUND, "a\nb\x1b"), "container: the guest refused: a\u{fffd}b\u{fffd}"),
+            (
+                refusal(code::PERMISSION_DENIED, "host.exec"),
+                "container: the guest refused, as the manifest does not allow it: host.exec",
+            ),
+            (
+                answer(1, Kind::Response, &long),
+                "container: the guest answered with a frame of 16388 bytes, which is too long",
+            ),
+            (b"OK 7\n\0\0".to_vec(), "container: the guest has closed the connection"),
+            (b"OK 7\n".to_vec(), "container: the guest has closed the connection"),
+            (b"OK 7".to_vec(), "container: the guest takes no requests"),
+            (vec![], "container: the guest takes no requests"),
+            (vec![b'x'; 100], "container: the guest takes no requests"),
+        ] {
+            assert_eq!(stats(&words), Err(message.to_owned()));
+        }
+        assert_eq!(clean(&"x".repeat(2 * MAX_MESSAGE)).len(), MAX_MESSAGE);
+    }
+}

@@ -78,6 +78,29 @@ fn requests_are_actions() {
         assert_eq!(action(request, body), expected, "{request}");
     }
     assert_eq!(ask("GET /openapi.json", ""), Ok(Call::Document));
+    let container = |call| Ok(Call::Container(call));
+    assert_eq!(ask("GET /container/stats", ""), container(ContainerCall::Stats));
+    let kill = Kill { id: None, signal: "TERM".to_owned() };
+    assert_eq!(ask("POST /container/kill", r#"{"signal": "TERM"}"#), container(ContainerCall::Kill(kill)));
+    let resize = Resize { id: Some("x".to_owned()), columns: 1, rows: 2 };
+    assert_eq!(
+        ask("POST /container/resize", r#"{"id": "x", "columns": 1, "rows": 2}"#),
+        container(ContainerCall::Resize(resize))
+    );
+    let exec = Exec {
+        id: None,
+        args: vec!["a".to_owned()],
+        terminal: false,
+        columns: 0,
+        rows: 0,
+        stdin_port: 0,
+        stdout_port: 1,
+        stderr_port: 0,
+    };
+    assert_eq!(
+        ask("POST /container/exec?timeout_ms=5", r#"{"args": ["a"], "stdout_port": 1}"#),
+        container(ContainerCall::Exec(exec, Some(Duration::from_millis(5))))
+    );
     assert_eq!(ask("GET /vm/wait", ""), Ok(Call::Wait(None)));
     assert_eq!(ask("GET /vm/wait?timeout_ms=20", ""), Ok(Call::Wait(Some(Duration::from_millis(20)))));
 }

@@ -64,12 +64,20 @@ const FEW: Limits = Limits { connections: 10, handshakes: 4, refusals: 5 };
 
 impl Bench {
     fn new() -> Self {
+        Self::with(Some)
+    }
+
+    fn without_listener() -> Self {
+        Self::with(|_| None)
+    }
+
+    fn with(listener: impl FnOnce(UnixListener) -> Option<UnixListener>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
-        let (listener, file) = bind(&path).unwrap();
+        let (socket, file) = bind(&path).unwrap();
         let exhausted = Arc::new(AtomicBool::new(false));
-        let host =
-            Scarce { host: UnixHost::new(Some(listener), Some(path)).unwrap(), exhausted: exhausted.clone() };
+        let host = UnixHost::new(listener(socket), Some(path)).unwrap();
+        let host = Scarce { host, exhausted: exhausted.clone() };
         let mut muxer = Muxer::new(u64::from(GUEST_CID), host, FEW).unwrap();
         muxer.open();
         Self { muxer, exhausted, memory: memory(&[(0, 0x4_0000)]), directory, _file: file }
@@ -179,6 +187,42 @@ fn connections_are_bounded_on_both_sides() {
     bench.poll();
     assert_eq!(bench.fill().unwrap().dst_port, 52, "there is room again");
     drop(listener);
+}
+
+#[test]
+fn a_socket_of_the_monitor_s_own_is_a_program_s() {
+    // Nobody else can connect here.
+    let mut bench = Bench::without_listener();
+    let adopt = |bench: &mut Bench| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        bench.muxer.adopt(HostStream(theirs.into())).map(|()| ours).map_err(|error| error.to_string())
+    };
+    let mut ours = adopt(&mut bench).unwrap();
+    ours.write_all(b"CONNECT 1024\nrequest").unwrap();
+    bench.poll();
+    let request = bench.fill().unwrap();
+    assert_eq!((request.op, request.dst_port), (Op::Request as u16, 1024));
+    let accepted = Header {
+        src_cid: u64::from(GUEST_CID),
+        dst_cid: request.src_cid,
+        src_port: request.dst_port,
+        dst_port: request.src_port,
+        buf_alloc: 4096,
+        ..Header::to_guest(0, request.ports(), Op::Response)
+    };
+    bench.packet(&accepted, 0);
+    bench.poll();
+    assert_eq!(bench.fill().unwrap().len, 7);
+    let mut line = [0; 14];
+    ours.read_exact(&mut line).unwrap();
+    assert_eq!(line.as_slice(), format!("OK {}\n", request.src_port).as_bytes());
+    // One that says nothing counts as a handshake.
+    let _idle: Vec<_> = (0..FEW.handshakes).map(|_| adopt(&mut bench).unwrap()).collect();
+    assert_eq!(adopt(&mut bench).unwrap_err(), "the guest has too many vsock connections");
+    bench.muxer.close();
+    assert_eq!(adopt(&mut bench).unwrap_err(), "the guest has no driver for vsock");
+    assert_eq!(bench.muxer.counts(), (0, 0, 0, 0));
 }
 
 #[test]
