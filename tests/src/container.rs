@@ -114,6 +114,11 @@ fn shared() -> &'static Shared {
     })
 }
 
+/// The image of their domains.
+pub fn image() -> PathBuf {
+    shared().folder.path().join("domain.igvm")
+}
+
 /// Makes a layer of the folder `content`, in a folder of `place`.
 pub fn layer(place: &Path, content: &Path) -> (Layer, PathBuf) {
     let name = content.file_name().expect("it has a name").to_string_lossy().into_owned();
@@ -249,10 +254,8 @@ impl Container {
         fs::write(self.file("manifest"), bytes).expect("it can be written");
         let hex: String = bound.iter().map(|byte| format!("{byte:02x}")).collect();
         let socket = self.file("v");
-        let mut run = Run::image(shared().folder.path().join("domain.igvm"))
-            .with("host-data", hex)
-            .with("memory", "256M")
-            .with("vsock", &socket);
+        let mut run =
+            Run::image(image()).with("host-data", hex).with("memory", "256M").with("vsock", &socket);
         let drives = self.drives.iter().map(|(id, file, writable)| (&**id, file.clone(), *writable));
         for (id, file, writable) in drives.chain([(drive::MANIFEST, self.file("manifest"), false)]) {
             let mut words = OsString::from("path=");
