@@ -48,14 +48,9 @@ pub enum GuestError {
     /// What it sent is no answer to what was asked.
     #[error("container: the guest answered with what is no answer to {}", .0.name())]
     Nonsense(Method),
-    /// It refused.
-    #[error("container: the guest refused{}: {message}", if *.denied { ", as the manifest does not allow it" } else { "" })]
-    Refused {
-        /// Whether the manifest does not grant it.
-        denied: bool,
-        /// What it says. Control characters are replaced.
-        message: String,
-    },
+    /// It refused, in these words. Control characters are replaced.
+    #[error("container: the guest refused: {0}")]
+    Refused(String),
     /// The host failed.
     #[error("container: {0}")]
     Host(#[from] std::io::Error),
@@ -102,9 +97,7 @@ impl Guest {
         }
         let Response { status, payload } = Response::decode(&*answer.payload).map_err(nonsense)?;
         match status {
-            Some(Status { code, message }) if code != code::OK => {
-                Err(GuestError::Refused { denied: code == code::PERMISSION_DENIED, message: clean(&message) })
-            }
+            Some(Status { code, message }) if code != code::OK => Err(GuestError::Refused(clean(&message))),
             _ => A::decode(&*payload).map_err(nonsense),
         }
     }
@@ -259,10 +252,7 @@ mod tests {
             (answer(1, Kind::Request, &good), nonsense),
             (answer(1, Kind::Response, &broken), nonsense),
             (refusal(code::NOT_FOUND, "a\nb\x1b"), "container: the guest refused: a\u{fffd}b\u{fffd}"),
-            (
-                refusal(code::PERMISSION_DENIED, "host.exec"),
-                "container: the guest refused, as the manifest does not allow it: host.exec",
-            ),
+            (refusal(code::PERMISSION_DENIED, "host.exec"), "container: the guest refused: host.exec"),
             (
                 answer(1, Kind::Response, &long),
                 "container: the guest answered with a frame of 16388 bytes, which is too long",

@@ -331,7 +331,7 @@ fn a_guest_that_answers_badly_or_never_costs_that_request_only() {
     let domain = container.start().ready();
     let descriptors = descriptors(&domain);
     let rows = [
-        ("deny", "container: the guest refused, as the manifest does not allow it: host.exec\u{fffd}."),
+        ("deny", "container: the guest refused: host.exec\u{fffd}."),
         ("garbage", "container: the guest answered with a frame of 1213486160 bytes, which is too long"),
         ("nonsense", "container: the guest answered with what is no answer to Exec"),
         ("foreign", "container: the guest answered with what is no answer to Exec"),

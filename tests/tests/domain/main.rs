@@ -4,6 +4,7 @@
 mod container;
 mod curl;
 mod disk;
+mod hostile_host;
 mod image;
 mod lifecycle;
 mod vsock;
