@@ -16,6 +16,11 @@ pub const TDX_RESET: &[u8; layout::PAGE_SIZE as usize] =
 
 const _: () = assert!(BYTES.len() as u64 <= MEMORY && layout::STAGE + MEMORY <= layout::STAGE_END);
 
+/// Part of `build.rs`, which cannot test itself.
+#[cfg(test)]
+#[path = "../build/stack.rs"]
+mod stack;
+
 #[cfg(test)]
 mod tests {
     use super::*;
