@@ -3,10 +3,13 @@
 
 use core::arch::asm;
 
-use crate::ram;
+use crate::{ram, snp};
 
 /// Writes a byte to a port.
 pub fn outb(port: u16, value: u8) {
+    if snp::is_active() {
+        return snp::outb(port, value);
+    }
     // SAFETY: no port of a domain changes this program's memory.
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) }
 }
@@ -25,6 +28,9 @@ pub fn outl(port: u16, value: u32) {
 
 /// Reads a byte from a port.
 pub fn inb(port: u16) -> u8 {
+    if snp::is_active() {
+        return snp::inb(port);
+    }
     let value;
     // SAFETY: as in `outb`.
     unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) }

@@ -5,7 +5,7 @@
 //! | PVH | `start32`, named by a Xen note | 32-bit mode, paging off | EBX = `hvm_start_info` |
 //! | Linux, 64-bit | `start64`, the ELF entry point | long mode, first GiB mapped | RSI = `boot_params` |
 //!
-//! Both continue with this file's GDT and page tables, which map the first 4 GiB
+//! Both continue with this file's GDT and, but for [`snp`], page tables, which map the first 4 GiB
 //! onto themselves, so that RAM and devices are where their addresses say.
 #![allow(unsafe_code)] // entry code in assembly, and the monitor's structures in memory
 
@@ -15,8 +15,9 @@ use core::slice;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use cofferdam_firmware::layout::COMMAND_LINE_MAX;
+use cofferdam_firmware::page_tables::SNP_PRIVATE;
 
-use crate::{power, println};
+use crate::{power, println, snp};
 
 /// Offset of `cmd_line_ptr` in `boot_params` (Documentation/arch/x86/boot.rst in Linux).
 const BOOT_PARAMS_COMMAND_LINE: u64 = 0x228;
@@ -63,8 +64,12 @@ start64:
     cld
     mov %rsi, %rdi
     xor %esi, %esi
+    mov %cr3, %rax
+    bt ${private}, %rax
+    jc 1f                       // tables of private memory are the first stage's: see snp.rs
     mov $page_tables, %eax
     mov %rax, %cr3
+1:
     lgdt gdt_pointer
     mov $stack_end, %esp
     push $8
@@ -119,6 +124,7 @@ directories:
     .fill 0x8000, 1, 0
 stack_end:
     "#,
+    private = const SNP_PRIVATE.trailing_zeros(),
     options(att_syntax)
 );
 
@@ -143,6 +149,7 @@ macro_rules! payload {
 
 #[unsafe(no_mangle)]
 extern "C" fn payload_start(boot_params: u64, start_info: u64) -> ! {
+    snp::start();
     let command_line = if boot_params != 0 {
         // SAFETY: the boot protocol gave this address of `boot_params`, which nothing writes.
         u64::from(unsafe { ((boot_params + BOOT_PARAMS_COMMAND_LINE) as *const u32).read_unaligned() })

@@ -33,5 +33,6 @@ pub mod power;
 pub mod ram;
 pub mod serial;
 pub mod smp;
+pub mod snp;
 pub mod socket;
 pub mod virtio;

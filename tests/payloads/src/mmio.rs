@@ -7,6 +7,8 @@ use core::ops::Range;
 
 use cofferdam_firmware::layout::{GAP_START, IO_APIC, IO_APIC_SIZE, VIRTIO_MMIO};
 
+use crate::snp;
+
 /// Devices and nothing else: above the RAM of every payload, below the local APIC.
 const SPACE: Range<u64> = VIRTIO_MMIO..IO_APIC + IO_APIC_SIZE;
 const _: () = assert!(SPACE.start >= GAP_START);
@@ -21,6 +23,9 @@ macro_rules! accessors {
         /// Reads at `address`, which need not be aligned.
         pub fn $read(address: u64) -> $kind {
             let address = checked(address, size_of::<$kind>() as u64);
+            if snp::is_active() {
+                return snp::mmio_read(address, size_of::<$kind>() as u64) as $kind;
+            }
             let value;
             // SAFETY: no Rust object lies in the space of devices. Assembly, as the address may be odd.
             unsafe {
@@ -33,6 +38,9 @@ macro_rules! accessors {
         /// Writes at `address`, which need not be aligned.
         pub fn $write(address: u64, value: $kind) {
             let address = checked(address, size_of::<$kind>() as u64);
+            if snp::is_active() {
+                return snp::mmio_write(address, size_of::<$kind>() as u64, value.into());
+            }
             // SAFETY: as above.
             unsafe {
                 asm!(concat!("mov [{}], ", $register), in(reg) address, in($register) value,

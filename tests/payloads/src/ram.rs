@@ -5,16 +5,18 @@
 
 use cofferdam_firmware::layout::MIB;
 
+use crate::snp;
+
 /// First address; the payload lies below (`link.ld`).
 pub const START: u64 = 8 * MIB;
 /// End; even the smallest domain has RAM here.
 pub const END: u64 = 16 * MIB;
 
-/// Checks that `length` bytes at `address` are in the area, and aligned to `length`.
+/// Checks that `length` bytes at `address` are in the area, and aligned to `length`. Returns where they are mapped.
 fn checked(address: u64, length: u64) -> u64 {
     let inside = address >= START && address.checked_add(length).is_some_and(|end| end <= END);
     assert!(inside && address.is_multiple_of(length), "no {length} bytes at {address:#x}");
-    address
+    snp::alias() + address
 }
 
 macro_rules! accessors {
