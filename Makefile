@@ -69,7 +69,7 @@ domain: build ## Linux guests, on hardware KVM or in the rig
 	cargo test -p xtask --test rig -- --ignored --test-threads=1
 	@cargo xtask domain-tests
 
-snp: build ## Protected guests, on SEV-SNP hardware or in the rig with an emulated secure processor
+snp: build payloads ## Protected guests, on SEV-SNP hardware or in the rig with an emulated secure processor
 	@cargo xtask snp-tests
 
 bench: build payloads ## Side by side with the floor and with QEMU's microvm: a table, and target/bench.json

@@ -17,6 +17,7 @@ pub mod kernels;
 pub mod place;
 pub mod run;
 pub mod snp;
+pub mod tamper;
 
 pub use guest::Guest;
 pub use run::{Finished, Run, Running};

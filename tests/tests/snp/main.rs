@@ -7,6 +7,7 @@ mod devices;
 mod domain;
 mod evidence;
 mod host;
+mod hostile;
 mod memory;
 mod peer;
 mod tampering;

@@ -1,29 +1,28 @@
-//! What happens to a domain with which somebody tampered: before its launch, while it is loaded, when it runs.
+//! What happens to a domain with which somebody tampered before its launch. What its host may do later is in `hostile`.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use cofferdam_api::status::ExitReason;
 use cofferdam_confidential::igvm::reader::Igvm;
 use cofferdam_confidential::igvm::writer::{WriteError, Writer};
-use cofferdam_confidential::image::importer::{ImagePlatform, Importer, Item, PageKind, PlatformInfo};
+use cofferdam_confidential::image::importer::{
+    Content, ImagePlatform, Importer, Item, PageKind, PageRun, PlatformInfo,
+};
 use cofferdam_confidential::image::walk::{Selection, walk};
-use cofferdam_firmware::layout::{LAUNCH_MANIFEST, STAGE, STAGE_PAGE_TABLES};
+use cofferdam_firmware::layout::{LAUNCH_MANIFEST, MIB, PAGE_SIZE, STAGE, STAGE_PAGE_TABLES};
 use cofferdam_tests::Finished;
 use cofferdam_tests::image::{Image, bz_image};
-use rustix::fs::FallocateFlags;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::domain::{Domain, flipped, inspected, measured, run, signed};
+use crate::domain::{flipped, inspected, measured, run, signed};
 
 /// `SINGLE_SOCKET` of POLICY.
 const SINGLE_SOCKET: u64 = 1 << 20;
 
 /// An image with a kernel so small that it is read at once. (It cannot run with SNP: it would need a handler for #VC.)
-fn small_image(folder: &TempDir) -> PathBuf {
+pub fn small_image(folder: &TempDir) -> PathBuf {
     let path = folder.path().join("domain.igvm");
     Image { initrd: &[42; 5000], command_line: "quiet", ..Image::of(bz_image()) }.write(&path);
     path
@@ -47,7 +46,7 @@ fn launch_refused(done: &Finished, reason: &str) {
 }
 
 /// Checks that the first stage stopped the domain, for this reason.
-fn refused(done: &Finished, reason: &str) {
+pub fn refused(done: &Finished, reason: &str) {
     let outcome = done.outcome();
     assert_eq!(outcome.exit_reason, ExitReason::RefusedByGuest, "{done}");
     assert_eq!(done.code(), 120, "{done}");
@@ -131,62 +130,35 @@ fn what_is_read_from_the_window_is_refused_by_name_if_a_bit_of_it_was_flipped() 
     }
 }
 
+/// The host may say of pages that the image does not have that they are valid: then their content is the host's. It gives another
+/// digest; and the first stage does not take them for its own.
 #[test]
-fn an_initrd_that_changes_after_the_launch_is_refused_by_name() {
-    let domain = Domain::new("test=hello");
-    let initrd = &inspected(&domain.image)["manifest"]["initrd"];
-    let last = initrd["file_offset"].as_u64().unwrap() + initrd["size"].as_u64().unwrap() - 1;
-    let running = domain.run(1, "256M").start();
-    // Measured by now; the first stage copies and hashes the kernel first.
-    running.wait_for_message("protected");
-    File::options().write(true).open(&domain.image).unwrap().write_all_at(&[0xff], last).unwrap();
-    refused(&running.finish(), "initrd hash mismatch");
-}
-
-/// The host may take private pages away, and the guest then finds others, of zeroes, in their place: pages that it has
-/// never accepted, which it cannot use.
-#[test]
-fn a_guest_whose_pages_were_replaced_does_not_go_on() {
-    let domain = Domain::new("test=ticks");
-    let running = domain.run(1, "256M").start();
-    running.wait_for("guest: tick 3");
-    let monitor = running.monitor_pid();
-    for memory in private_memory(monitor) {
-        let size = rustix::fs::fstat(&memory).unwrap().st_size;
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&memory, flags, 0, u64::try_from(size).unwrap()).unwrap();
+fn a_page_that_is_valid_before_the_first_stage_asks_for_it_stops_the_domain() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = small_image(&folder);
+    // The kernel's memory, and the last of the pages that are validated together.
+    for gpa in [16 * MIB, 18 * MIB - PAGE_SIZE] {
+        let tampered = with_page(&image, gpa);
+        assert_ne!(measured(&tampered, 1), measured(&image, 1));
+        refused(&run(&tampered, 1).with("memory", "64M").finish(), "page validated before");
     }
-    let done = running.finish();
-    assert_ne!(done.outcome().exit_reason, ExitReason::PowerOff, "{done}");
-    assert!([120, 122, 124].contains(&done.code()), "{done}");
-    assert!(!done.console().contains("guest: done"), "{done}");
-}
-
-/// The files of guest-private memory that a monitor has open.
-fn private_memory(monitor: Pid) -> Vec<std::os::fd::OwnedFd> {
-    let pidfd = pidfd_open(monitor, PidfdFlags::empty()).unwrap();
-    let folder = format!("/proc/{}/fd", monitor.as_raw_nonzero());
-    let entries = fs::read_dir(folder).unwrap().flatten();
-    let is_private = |link: &PathBuf| link.to_string_lossy().contains("kvm-gmem");
-    let numbers = entries.filter(|entry| fs::read_link(entry.path()).is_ok_and(|link| is_private(&link)));
-    let numbers = numbers.map(|entry| entry.file_name().to_str().unwrap().parse().unwrap());
-    let memory: Vec<_> =
-        numbers.map(|number| pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()).unwrap()).collect();
-    assert!(!memory.is_empty(), "the monitor has guest-private memory");
-    memory
 }
 
 /// A copy of an image with its items changed by `change`.
 fn altered(image: &Path, change: impl Fn(&mut Item<'_>)) -> PathBuf {
-    rewritten(image, Alteration { writer: Writer::default(), policy: None, change })
+    rewritten(image, Alteration { writer: Writer::default(), policy: None, page: None, change })
 }
 
 /// A copy of an image with another policy for SNP.
 fn with_policy(image: &Path, policy: u64) -> PathBuf {
-    rewritten(
-        image,
-        Alteration { writer: Writer::default(), policy: Some(policy), change: |_: &mut Item<'_>| () },
-    )
+    let change = |_: &mut Item<'_>| ();
+    rewritten(image, Alteration { writer: Writer::default(), policy: Some(policy), page: None, change })
+}
+
+/// A copy of an image with one more page.
+fn with_page(image: &Path, gpa: u64) -> PathBuf {
+    let change = |_: &mut Item<'_>| ();
+    rewritten(image, Alteration { writer: Writer::default(), policy: None, page: Some(gpa), change })
 }
 
 fn rewritten<'a, C: Fn(&mut Item<'_>)>(image: &Path, mut alteration: Alteration<'a, C>) -> PathBuf {
@@ -202,6 +174,8 @@ fn rewritten<'a, C: Fn(&mut Item<'_>)>(image: &Path, mut alteration: Alteration<
 struct Alteration<'a, C> {
     writer: Writer<'a>,
     policy: Option<u64>,
+    /// Added behind the launch manifest.
+    page: Option<u64>,
     change: C,
 }
 
@@ -219,6 +193,14 @@ impl<'a, C: Fn(&mut Item<'_>)> Importer<'a> for Alteration<'a, C> {
     fn import(&mut self, mask: u32, item: &Item<'a>) -> Result<(), WriteError> {
         let mut item = item.clone();
         (self.change)(&mut item);
-        self.writer.import(mask, &item)
+        self.writer.import(mask, &item)?;
+        match (&item, self.page) {
+            (Item::Pages(run), Some(gpa)) if run.gpa == LAUNCH_MANIFEST => {
+                let content = Content { bytes: &[], file_offset: None };
+                let page = PageRun { gpa, pages: 1, kind: PageKind::Unmeasured, content };
+                self.writer.import(mask, &Item::Pages(page))
+            }
+            _ => Ok(()),
+        }
     }
 }
