@@ -45,7 +45,7 @@ fn larger_vsock_streams_pass_uncorrupted_in_both_directions() {
 }
 
 /// The guest's next connection; a guest that failed makes none.
-fn accepted(listener: &UnixListener) -> UnixStream {
+pub fn accepted(listener: &UnixListener) -> UnixStream {
     listener.set_nonblocking(true).unwrap();
     let end = Instant::now() + Duration::from_secs(240);
     loop {
