@@ -3,6 +3,7 @@
 use cofferdam_api::status::Platform;
 use cofferdam_tests::Run;
 use cofferdam_tests::snp::Log;
+use xtask::linux;
 
 use crate::domain::{ACTIVE, Domain, succeeded};
 
@@ -40,6 +41,22 @@ fn it_boots_with_4_cpus_and_2_gib() {
     boots(&domain, 2, "2G");
     boots(&domain, 2, "128M");
     boots(&domain, 2, "1G");
+    // With RAM beyond the gap below 4 GiB.
+    boots(&domain, 2, "4G");
+}
+
+#[test]
+#[ignore = "long: make test-all"]
+fn other_kernels_boot() {
+    let domain = Domain::of(|assets| assets.guest_vmlinux.clone(), "test=hello", &[]);
+    boots(&domain, 2, "512M");
+    let newer = linux::newer_kernel().expect("`cargo xtask snp-tests --long` names it");
+    // The modules of the other kernel are of no use to it, and not needed.
+    let domain = Domain::of(|_| newer, "test=hello", &[]);
+    let done = domain.run(2, "512M").finish();
+    succeeded(&done);
+    assert!(done.console().contains("guest: kernel 7."), "{done}");
+    assert!(done.console().contains("2 CPUs") && done.console().contains(ACTIVE), "{done}");
 }
 
 /// What a host with SEV-SNP does by itself with an image that is for it.

@@ -8,6 +8,7 @@ use cofferdam_api::config::DEFAULT_COMMAND_LINE;
 use cofferdam_api::status::{ExitReason, Platform};
 use cofferdam_tests::{Finished, Guest, Run, place};
 use serde_json::Value;
+use xtask::assets::Assets;
 
 /// What the kernel says when it runs protected.
 pub const ACTIVE: &str = "Memory Encryption Features active: AMD SEV SEV-ES SEV-SNP";
@@ -28,11 +29,16 @@ impl Domain {
 
     /// The same, built with more options.
     pub fn with(words: &str, options: &[&str]) -> Self {
+        Self::of(|assets| assets.guest_kernel.clone(), words, options)
+    }
+
+    /// The same, with another kernel.
+    pub fn of(kernel: impl FnOnce(&Assets) -> PathBuf, words: &str, options: &[&str]) -> Self {
         let guest = Guest::new();
         let image = guest.file("domain.igvm");
         let line = format!("{DEFAULT_COMMAND_LINE} quiet {words}");
         let mut build = Command::new(place::cofferdam());
-        build.args(["image", "build", "--kernel"]).arg(&guest.assets().guest_kernel);
+        build.args(["image", "build", "--kernel"]).arg(kernel(guest.assets()));
         build.arg("--initrd").arg(guest.file("initrd")).args(["--cmdline", &line]).args(options);
         finish(build.arg("-o").arg(&image));
         Self { guest, image }

@@ -20,6 +20,8 @@ use crate::tool::{self, progress};
 const TIER_TIMEOUT: Duration = Duration::from_secs(40 * 60);
 /// The same with the long tests.
 const LONG_TIMEOUT: Duration = Duration::from_secs(2 * 60 * 60);
+/// The variable of [`newer_kernel`].
+const NEWER_KERNEL: &str = "COFFERDAM_NEWER_KERNEL";
 const DEMO_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 const DEMO_INIT: &[u8] = include_bytes!("demo-init");
@@ -76,8 +78,17 @@ pub fn tests(tier: Tier, selection: &Selection) -> Result<u8, RigError> {
     command.extend(selection.filter.iter().map(OsString::from));
     let timeout = if selection.long { LONG_TIMEOUT } else { TIER_TIMEOUT };
     let request = Request { log: selection.log.clone(), ..Request::new(command, timeout) };
-    let peer = (selection.long && tier == Tier::Snp).then(ovmf::Peer::fetch).transpose()?;
-    run(&assets, peer.as_ref(), tier, request)
+    let mut handed_on = Vec::new();
+    if selection.long && tier == Tier::Snp {
+        handed_on.push((ovmf::ENVIRONMENT.into(), ovmf::Peer::fetch()?.root().into()));
+        handed_on.push((NEWER_KERNEL.into(), SnpAssets::fetch()?.kernel.into()));
+    }
+    run(&assets, handed_on, tier, request)
+}
+
+/// A kernel of 7.x, which `cargo xtask snp-tests --long` names to guests.
+pub fn newer_kernel() -> Option<PathBuf> {
+    std::env::var_os(NEWER_KERNEL).map(PathBuf::from)
 }
 
 /// Boots a Debian guest that prints its kernel's version and a file from its disk. Returns the exit status of
@@ -107,14 +118,17 @@ pub fn demo() -> Result<u8, RigError> {
     ];
     let words: Vec<String> = command.iter().map(|word| tool::quote(word)).collect();
     progress(format_args!("the command, as you would type it: {}", words.join(" ")));
-    run(&assets, None, Tier::Domain, Request::new(command, DEMO_TIMEOUT))
+    run(&assets, Vec::new(), Tier::Domain, Request::new(command, DEMO_TIMEOUT))
 }
 
-/// Runs a command that boots the guests of `tier`, where they run.
-fn run(assets: &Assets, peer: Option<&ovmf::Peer>, tier: Tier, mut request: Request) -> Result<u8, RigError> {
-    let assets_text = serde_json::json!(assets).to_string();
-    let mut handed_on: Vec<(OsString, OsString)> = vec![(assets::ENVIRONMENT.into(), assets_text.into())];
-    handed_on.extend(peer.map(|peer| (ovmf::ENVIRONMENT.into(), peer.root().into())));
+/// Runs a command that boots the guests of `tier`, where they run, with these variables in its environment.
+fn run(
+    assets: &Assets,
+    mut handed_on: Vec<(OsString, OsString)>,
+    tier: Tier,
+    mut request: Request,
+) -> Result<u8, RigError> {
+    handed_on.push((assets::ENVIRONMENT.into(), serde_json::json!(assets).to_string().into()));
     if tier.runs_here() {
         progress("running on this machine's own KVM");
         return Ok(directly(&request.command, handed_on)?);
