@@ -282,7 +282,9 @@ impl<S: Stream> Connection<S> {
             let op = if self.state == State::Requested { Op::Request } else { Op::Response };
             return Some(self.header(op));
         }
-        if self.can_receive()
+        // An end is told before more data: that of what the host sends is known once all of it was received only.
+        if !self.shutdown_due()
+            && self.can_receive()
             && let Some(header) = self.host_data(into)
         {
             return Some(header);

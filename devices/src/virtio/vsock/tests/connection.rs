@@ -482,6 +482,16 @@ fn a_host_that_takes_no_more_is_told_to_the_guest_and_costs_no_credit() {
 }
 
 #[test]
+fn a_guest_hears_that_the_host_takes_no_more_before_more_of_its_data() {
+    let mut bench = Bench::established();
+    bench.host.borrow_mut().to_send.extend([7; 9000]);
+    bench.connection.host_ready(DATA);
+    bench.host.borrow_mut().send_error = Some(ErrorKind::BrokenPipe);
+    bench.data(b"unwanted");
+    assert_eq!(bench.fill(), [Op::Shutdown, Op::ReadWrite, Op::ReadWrite, Op::ReadWrite]);
+}
+
+#[test]
 fn a_host_that_hangs_up_is_heard_to_the_end() {
     let mut bench = Bench::established();
     bench.credit = (3, 0);
