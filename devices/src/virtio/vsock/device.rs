@@ -162,7 +162,6 @@ impl Active {
     fn batch(&mut self, muxer: &mut Muxer<UnixHost>) -> Result<bool, QueueError> {
         let transmitted = self.transmit(muxer).map_err(QueueError::Transmit)?;
         let received = self.receive(muxer).map_err(QueueError::Receive)?;
-        // `transmit` may have waited for what `receive` has sent.
         Ok(transmitted != 0 || received != 0)
     }
 
@@ -171,7 +170,7 @@ impl Active {
         let Some(queue) = self.queues.get_mut(TX) else { return Ok(0) };
         let chain = &mut self.transmitted;
         let mut count = 0_usize;
-        while count < BATCH && muxer.has_room() {
+        while count < BATCH {
             if !chain.pop(queue, &self.memory)? {
                 if used::rearm(queue, &self.memory)? {
                     continue;

@@ -31,6 +31,8 @@ group! {
         pub conns_removed: Counter,
         /// Packets that were answered by RST because they belong to no connection
         pub refused_packets_count: Counter,
+        /// Packets that belong to no connection and were not answered, as too many answers waited for the guest to take them
+        pub unsent_refusals_count: Counter,
         /// Connections of the guest that the host refused
         pub connect_fails: Counter,
         /// Times that connections of the host had to wait because one could not be accepted

@@ -12,8 +12,8 @@
 //!   reserve shrinks, later ones get smaller ones (`WINDOW_RESERVE`).
 //! - packets to the guest: a connection makes its packet when there is a buffer for it, and is in `pending`
 //!   at most once, so that all take turns. Only RSTs that belong to no connection are queued: at most
-//!   [`Limits::refusals`], and while there is no room for another one, the device takes no packet
-//!   of the guest ([`Muxer::has_room`]).
+//!   [`Limits::refusals`], and further ones are not sent. To take no more of the guest's packets instead would be a
+//!   standstill: Linux receives nothing while its own answers wait for us to take them.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Display;
@@ -55,7 +55,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 4096, handshakes: 256, refusals: 256 }
+        Self { connections: 4096, handshakes: 256, refusals: 4096 }
     }
 }
 
@@ -172,11 +172,6 @@ impl<H: Host> Muxer<H> {
 
     // ---- Packets ----
 
-    /// Whether a packet of the guest can be taken.
-    pub fn has_room(&self) -> bool {
-        self.refusals.len() < self.limits.refusals
-    }
-
     /// Takes a packet of the guest; `payload` is what follows the header in its chain. One with an impossible length,
     /// operation or type costs the guest the connection; one from or to an address that is not
     /// on this link is dropped.
@@ -237,13 +232,17 @@ impl<H: Host> Muxer<H> {
         None
     }
 
-    /// Answers a packet that belongs to no connection by RST, unless it is one itself.
+    /// Answers a packet that belongs to no connection by RST, unless it is one itself or too many RSTs wait.
     fn refuse(&mut self, header: &Header) {
-        if Op::from_field(header.op) != Some(Op::Reset) && self.has_room() {
-            let refusal = Header::to_guest(self.guest_cid, header.ports(), Op::Reset);
-            self.metrics.refused_packets_count.count();
-            self.refusals.push_back(Header { kind: header.kind, ..refusal });
+        if Op::from_field(header.op) == Some(Op::Reset) {
+            return;
         }
+        if self.refusals.len() >= self.limits.refusals {
+            return self.metrics.unsent_refusals_count.count();
+        }
+        self.metrics.refused_packets_count.count();
+        let refusal = Header::to_guest(self.guest_cid, header.ports(), Op::Reset);
+        self.refusals.push_back(Header { kind: header.kind, ..refusal });
     }
 
     // ---- Connections ----

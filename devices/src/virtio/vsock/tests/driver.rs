@@ -143,9 +143,14 @@ impl Driver {
 
     /// Packets that the guest has received since the last call, without waiting.
     pub fn received(&mut self) -> Vec<(Header, Vec<u8>)> {
+        self.received_up_to(usize::MAX)
+    }
+
+    /// The first `most` of them.
+    pub fn received_up_to(&mut self, most: usize) -> Vec<(Header, Vec<u8>)> {
         let mut packets = Vec::new();
         let used = self.rx.u16(self.rx.used() + 2);
-        while self.received != used {
+        while self.received != used && packets.len() < most {
             let entry = self.rx.used() + 4 + u64::from(self.received % BUFFERS) * 8;
             let (index, length): (u32, u32) = (
                 self.memory.read_obj(GuestAddress(entry)).unwrap(),
@@ -170,15 +175,17 @@ impl Driver {
         packets
     }
 
-    /// Waits up to `wait` for the host's side and lets the device deal with it.
-    pub fn turn(&mut self, wait: Duration) {
-        let timeout = Timespec { tv_sec: 0, tv_nsec: wait.as_nanos() as i64 };
+    /// Waits up to `wait` for the host's side and lets the device deal with it; whether there was something.
+    pub fn turn(&mut self, wait: Duration) -> bool {
+        let timeout =
+            Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
         let descriptor = self.device.muxer.descriptor();
         let mut set = [PollFd::new(&descriptor, PollFlags::IN)];
         let ready = poll(&mut set, Some(&timeout)).unwrap() > 0;
         if ready {
             self.device.host_ready().unwrap();
         }
+        ready
     }
 
     /// Packets that the guest receives, waiting for the first.

@@ -138,22 +138,20 @@ fn chains_that_hold_no_packet_need_a_reset() {
 }
 
 #[test]
-fn a_flood_without_receive_buffers_is_held_back() {
+fn a_flood_without_receive_buffers_costs_a_bounded_number_of_answers() {
     let mut driver = Driver::without_buffers(BUFFER);
-    let mut count = 0_u32;
-    while count < 10_000 && driver.queue(&Socket::new(count, 9).header(Op::CreditUpdate), b"") {
-        driver.device.notify(1);
-        count += 1;
+    let bound = Limits::default().refusals;
+    for count in 0..10_000 {
+        driver.send(&Socket::new(count, 9).header(Op::CreditUpdate), b"");
     }
-    assert!(count < 1000, "packets were taken without bound");
-    assert_eq!(driver.device.muxer.counts(), (0, 0, Limits::default().refusals, 0));
+    assert_eq!(driver.device.muxer.counts(), (0, 0, bound, 0));
     driver.offer_buffers(64);
     let mut answers = Vec::new();
-    while answers.len() < count as usize {
+    while answers.len() < bound {
         answers.extend(driver.wait());
     }
     let ports: Vec<u32> = answers.iter().map(|(header, _)| header.dst_port).collect();
-    assert_eq!(ports, (0..count).collect::<Vec<_>>(), "each has its answer, in order");
+    assert_eq!(ports, (0..bound as u32).collect::<Vec<_>>(), "the first have their answers, in order");
     driver.send(&Socket::new(1, 9).header(Op::CreditUpdate), b"");
     assert_eq!(ops(&driver.wait()), [Op::Reset]);
 }

@@ -226,6 +226,25 @@ fn a_socket_of_the_monitor_s_own_is_a_program_s() {
 }
 
 #[test]
+fn refusals_are_bounded_and_packets_are_taken_all_the_same() {
+    let mut bench = Bench::new();
+    let listener = bench.listen(7);
+    let waiting = FEW.refusals as u32;
+    for port in 0..waiting + 2 {
+        bench.packet(&Socket::new(port, 9).header(Op::CreditUpdate), 0);
+    }
+    bench.packet(&Socket::new(1, 7).header(Op::Request), 0);
+    listener.accept().unwrap();
+    let ports: Vec<u32> = bench.fill_all().iter().map(|header| header.dst_port).collect();
+    assert_eq!(ports, (0..waiting).chain([1]).collect::<Vec<_>>());
+    let metrics = bench.muxer.metrics();
+    let counts = (metrics.refused_packets_count.total(), metrics.unsent_refusals_count.total());
+    assert_eq!(counts, (u64::from(waiting), 2));
+    bench.packet(&Socket::new(1, 9).header(Op::CreditUpdate), 0);
+    assert_eq!(bench.fill().unwrap().op, Op::Reset as u16);
+}
+
+#[test]
 fn connections_that_are_opened_and_reset_without_end_leave_nothing() {
     let mut bench = Bench::new();
     let listener = bench.listen(7);
@@ -340,8 +359,7 @@ proptest! {
         for step in steps {
             let some = |index: usize| index.checked_rem(programs.len());
             match step {
-                Step::Packet(header, payload) if bench.muxer.has_room() => bench.packet(&header, payload),
-                Step::Packet(..) => {}
+                Step::Packet(header, payload) => bench.packet(&header, payload),
                 Step::Fill => { bench.fill(); }
                 Step::Poll => bench.muxer.poll().unwrap(),
                 Step::Tick => bench.muxer.force_tick(),

@@ -1,8 +1,10 @@
 //! A thousand connections.
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::thread;
+use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -119,4 +121,62 @@ fn the_guest_connects_a_thousand_times_one_after_another_and_at_once() {
         }
     }
     assert_eq!(server.join().unwrap(), 1000);
+}
+
+/// Packets that Linux receives while that many of its answers wait to be sent: no further one.
+const MOST_REPLIES: usize = 256;
+
+/// Both sides refuse hundreds of connections of each other at once. Neither may wait for the other to take what
+/// it has to say before it takes what the other says.
+#[test]
+fn refusals_of_both_sides_do_not_block_each_other() {
+    raise_descriptor_limit();
+    let mut driver = Driver::new(BUFFER);
+    let mut programs: Vec<UnixStream> = (0..700)
+        .map(|number| {
+            let mut program = driver.connect();
+            writeln!(program, "CONNECT {number}").unwrap();
+            program
+        })
+        .collect();
+    // What the guest has to send, and whether it is an answer.
+    let mut to_send: VecDeque<_> =
+        (0..1500).map(|port| (Socket::new(port, 9).header(Op::Request), false)).collect();
+    let (mut refused, mut refuses, mut replies) = (0, 0, 0);
+    while refused < 1500 || refuses < 700 {
+        let before = (refused, refuses, to_send.len());
+        driver.turn(Duration::ZERO);
+        while let Some((header, reply)) = to_send.front()
+            && driver.queue(header, b"")
+        {
+            replies -= usize::from(*reply);
+            to_send.pop_front();
+        }
+        driver.device.notify(1);
+        for (header, _) in driver.received_up_to(MOST_REPLIES - replies) {
+            match (op(&header), header.src_port) {
+                (Op::Reset, 9) => refused += 1,
+                (Op::Request, _) => {
+                    let answer = Socket::new(header.dst_port, header.src_port).header(Op::Reset);
+                    to_send.push_back((answer, true));
+                    (refuses, replies) = (refuses + 1, replies + 1);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        let after = (refused, refuses, to_send.len());
+        assert!(after != before || driver.turn(Duration::from_secs(20)), "standstill: {after:?}");
+    }
+    while !to_send.is_empty() {
+        while let Some((header, _)) = to_send.front()
+            && driver.queue(header, b"")
+        {
+            to_send.pop_front();
+        }
+        driver.device.notify(1);
+    }
+    for program in &mut programs {
+        assert_eq!(program.read(&mut [0; 1]).unwrap(), 0);
+    }
+    assert_eq!(driver.device.muxer.counts(), (0, 0, 0, 0));
 }
