@@ -102,13 +102,11 @@ struct Entry<S> {
 impl<H: Host> Muxer<H> {
     /// The connections of the guest with that context identifier. Closed until [`Self::open`].
     pub fn new(guest_cid: u64, host: H, limits: Limits) -> io::Result<Self> {
-        let poller = Poller::new()?;
-        host.listener().map_or(Ok(()), |listener| poller.add_listener(listener))?;
         Ok(Self {
             guest_cid,
             host,
             limits,
-            poller,
+            poller: Poller::new()?,
             connections: HashMap::new(),
             handshakes: HashMap::new(),
             pending: VecDeque::new(),
@@ -160,6 +158,7 @@ impl<H: Host> Muxer<H> {
     /// The driver is gone, and with it all connections.
     pub fn close(&mut self) {
         self.open = false;
+        self.backing_off = false;
         self.metrics.conns_removed.add(self.connections.len() as u64);
         self.connections = HashMap::new();
         self.handshakes = HashMap::new();
@@ -378,7 +377,7 @@ impl<H: Host> Muxer<H> {
         let result = self.poller.take(&mut ready);
         for (source, readiness) in ready.drain(..) {
             match source {
-                Source::Listener => self.accept(),
+                Source::Listener => self.accept(readiness.hung_up),
                 Source::Timer => self.tick(),
                 Source::Wake => {}
                 Source::Handshake(number) => self.advance(number),
@@ -417,23 +416,21 @@ impl<H: Host> Muxer<H> {
         self.update_listener();
     }
 
-    fn accept(&mut self) {
+    /// Accepts programs that wait; `shut_down`: the listening socket was.
+    fn accept(&mut self, shut_down: bool) {
         for _ in 0..MAX_ACCEPTS {
             if !self.wants_to_listen() {
                 break;
             }
             match self.host.accept().and_then(|stream| self.begin_handshake(stream)) {
                 Ok(()) => {}
+                // It would be ready again at once, for ever.
+                Err(error) if error.kind() == ErrorKind::WouldBlock && shut_down => {
+                    self.back_off("the listening socket was shut down");
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
-                Err(error) => {
-                    self.metrics.accept_fails.count();
-                    if let Some(line) = self.waits.count(&self.metrics.rate_limited_log_count) {
-                        warn!(dropped = line.dropped, "vsock: connections of the host have to wait: {error}");
-                    }
-                    self.backing_off = true;
-                    self.poller.tick(true);
-                }
+                Err(error) => self.back_off(error),
             }
         }
         self.update_listener();
@@ -454,6 +451,16 @@ impl<H: Host> Muxer<H> {
         self.begin_handshake(stream)?;
         self.update_listener();
         Ok(())
+    }
+
+    /// Accepts nobody before the next tick.
+    fn back_off(&mut self, why: impl Display) {
+        self.metrics.accept_fails.count();
+        if let Some(line) = self.waits.count(&self.metrics.rate_limited_log_count) {
+            warn!(dropped = line.dropped, "vsock: connections of the host have to wait: {why}");
+        }
+        self.backing_off = true;
+        self.poller.tick(true);
     }
 
     fn begin_handshake(&mut self, stream: H::Stream) -> io::Result<()> {
@@ -520,6 +527,11 @@ impl<H: Host> Muxer<H> {
     /// The ports of all connections.
     pub fn all_ports(&self) -> Vec<Ports> {
         self.connections.keys().copied().collect()
+    }
+
+    /// The listening socket, if there is one.
+    pub fn host_listener(&self) -> Option<BorrowedFd<'_>> {
+        self.host.listener()
     }
 
     /// As if half a second had passed.

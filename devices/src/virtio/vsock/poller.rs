@@ -92,15 +92,15 @@ impl Poller {
         self.epoll.as_fd()
     }
 
-    /// Adds the listening socket, not yet watched.
-    pub fn add_listener(&self, socket: impl AsFd) -> io::Result<()> {
-        Ok(epoll::add(&self.epoll, socket, Source::Listener.to_data(), EventFlags::empty())?)
-    }
-
-    /// Watches the listening socket, or does not.
+    /// Starts or stops to watch the listening socket. One that is not watched must not be there at all: else it would
+    /// still tell, for ever, that it was shut down.
     pub fn watch_listener(&self, socket: impl AsFd, watch: bool) -> io::Result<()> {
-        let flags = if watch { EventFlags::IN } else { EventFlags::empty() };
-        Ok(epoll::modify(&self.epoll, socket, Source::Listener.to_data(), flags)?)
+        let result = if watch {
+            epoll::add(&self.epoll, socket, Source::Listener.to_data(), EventFlags::IN)
+        } else {
+            epoll::delete(&self.epoll, socket)
+        };
+        Ok(result?)
     }
 
     /// Adds a socket of a handshake or a connection. It is watched until it is closed.

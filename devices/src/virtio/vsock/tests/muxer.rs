@@ -115,6 +115,14 @@ impl Bench {
         }
     }
 
+    /// Whether nothing is ready once all was dealt with, but for a tick that may come at any time.
+    fn comes_to_rest(&mut self) -> bool {
+        (0..10).any(|_| {
+            self.poll();
+            !self.is_ready()
+        })
+    }
+
     fn is_ready(&self) -> bool {
         let descriptor = self.muxer.descriptor();
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -142,6 +150,34 @@ fn without_descriptors_programs_wait_and_the_guest_is_refused() {
     assert_eq!(bench.fill().unwrap().dst_port, 52);
     bench.packet(&Socket::new(1, 7).header(Op::Request), 0);
     assert_eq!(bench.fill().unwrap().op, Op::Response as u16);
+}
+
+#[test]
+fn programs_that_waited_for_descriptors_are_taken_by_the_next_driver() {
+    let mut bench = Bench::new();
+    bench.exhausted.store(true, Ordering::SeqCst);
+    let mut program = bench.connect();
+    program.write_all(b"CONNECT 52\n").unwrap();
+    bench.poll();
+    // The driver goes before time has passed, and with it the ticks.
+    bench.muxer.close();
+    bench.exhausted.store(false, Ordering::SeqCst);
+    bench.muxer.open();
+    bench.poll();
+    assert_eq!(bench.fill().unwrap().dst_port, 52);
+}
+
+#[test]
+fn a_listener_that_its_owner_shuts_down_keeps_nobody_busy() {
+    let mut bench = Bench::new();
+    // It may have been inherited (`fd:N`), and be shut down by whoever else has it.
+    rustix::net::shutdown(bench.muxer.host_listener().unwrap(), rustix::net::Shutdown::Both).unwrap();
+    for _ in 0..3 {
+        assert!(bench.comes_to_rest(), "the event loop would spin");
+        bench.muxer.force_tick();
+    }
+    bench.muxer.close();
+    assert!(bench.comes_to_rest(), "the event loop would spin without a driver");
 }
 
 #[test]
