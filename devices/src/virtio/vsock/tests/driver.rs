@@ -177,8 +177,7 @@ impl Driver {
 
     /// Waits up to `wait` for the host's side and lets the device deal with it; whether there was something.
     pub fn turn(&mut self, wait: Duration) -> bool {
-        let timeout =
-            Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+        let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
         let descriptor = self.device.muxer.descriptor();
         let mut set = [PollFd::new(&descriptor, PollFlags::IN)];
         let ready = poll(&mut set, Some(&timeout)).unwrap() > 0;

@@ -4,5 +4,6 @@ mod connection;
 mod device;
 mod driver;
 mod hostile;
+mod liveness;
 mod muxer;
 mod storms;
