@@ -19,26 +19,36 @@ use std::{env, fs};
 use cofferdam_confidential::image::importer::ImagePlatform;
 
 use self::cpio::Archive;
-use self::modules::{ModuleTree, ModulesError};
+use self::modules::{ModuleTree, ModulesError, Need};
 
 /// The program of the domain's init.
 const INIT: &str = "cofferdam-init";
 
-/// What containers need of the kernel, in any domain. The first tells of panics from then on.
-const MODULES: [&str; 10] = [
-    "pvpanic_mmio",
-    "virtio_mmio",
-    "virtio_blk",
-    "vmw_vsock_virtio_transport",
-    "dm_verity",
-    "erofs",
-    "overlay",
-    "dm_crypt",
-    "dm_integrity",
-    "ext4",
+/// What containers need of the kernel in any domain, in the order in which they need it. The first tells of panics from then on.
+const NEEDS: [Need; 15] = [
+    Need::Module("pvpanic_mmio"),
+    Need::Module("virtio_mmio"),
+    Need::Module("virtio_blk"),
+    Need::Module("vmw_vsock_virtio_transport"),
+    // Of dm-verity.
+    Need::Algorithm("sha256"),
+    Need::Module("dm_verity"),
+    Need::Module("erofs"),
+    Need::Module("overlay"),
+    // Of encrypted scratch devices.
+    Need::Algorithm("aes"),
+    Need::Algorithm("xts"),
+    Need::Algorithm("hmac"),
+    Need::Algorithm("authenc"),
+    Need::Module("dm_crypt"),
+    Need::Module("dm_integrity"),
+    Need::Module("ext4"),
 ];
-/// The crypto algorithms by their names in the kernel: of dm-verity, and of encrypted scratch devices.
-const ALGORITHMS: [&str; 5] = ["sha256", "aes", "xts", "authenc", "hmac"];
+/// What gets a report of the secure processor, with the ciphers that its messages are in.
+const SNP_NEEDS: [Need; 4] =
+    [Need::Algorithm("ctr"), Need::Algorithm("ghash"), Need::Algorithm("gcm"), Need::Module("sev_guest")];
+/// What gets a report of the TDX module.
+const TDX_NEEDS: [Need; 1] = [Need::Module("tdx_guest")];
 
 /// Why there is no initial RAM disk.
 #[derive(Debug, thiserror::Error)]
@@ -89,8 +99,8 @@ pub fn make(
         Some(folder) => folder.to_owned(),
         None => find_modules(path, &version)?,
     };
-    let names: Vec<&str> = MODULES.into_iter().chain(platforms.iter().filter_map(module_of)).collect();
-    let modules = ModuleTree::open(&tree, &version)?.resolve(&names, &ALGORITHMS)?;
+    let needs = NEEDS.iter().chain(platforms.iter().flat_map(needs_of));
+    let modules = ModuleTree::open(&tree, &version)?.resolve(needs)?;
 
     let mut archive = Archive::default();
     archive.program("init", &init);
@@ -103,12 +113,12 @@ pub fn make(
     Ok(archive.finish())
 }
 
-/// By which a domain gets its attestation report.
-fn module_of(platform: &ImagePlatform) -> Option<&'static str> {
+/// What a domain of a platform needs besides.
+fn needs_of(platform: &ImagePlatform) -> &'static [Need] {
     match platform {
-        ImagePlatform::Snp => Some("sev_guest"),
-        ImagePlatform::Tdx => Some("tdx_guest"),
-        _ => None,
+        ImagePlatform::Snp => &SNP_NEEDS,
+        ImagePlatform::Tdx => &TDX_NEEDS,
+        _ => &[],
     }
 }
 

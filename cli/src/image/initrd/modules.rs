@@ -73,6 +73,15 @@ pub enum ModulesError {
     },
 }
 
+/// Something of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// A module.
+    Module(&'static str),
+    /// A crypto algorithm by its name in the kernel, which has all modules that know it.
+    Algorithm(&'static str),
+}
+
 /// A folder like /lib/modules/VERSION.
 #[derive(Debug)]
 pub struct ModuleTree {
@@ -118,19 +127,25 @@ impl ModuleTree {
         Ok(tree)
     }
 
-    /// The modules `names`, those with `algorithms`, and all that they need, each once, and after what it needs. What is
-    /// built in is left out.
-    pub fn resolve(&self, names: &[&str], algorithms: &[&str]) -> Result<Vec<Module>, ModulesError> {
+    /// The modules that are `needed`, in this order, and all that they need, each once, and after what it needs. What is built
+    /// in is left out.
+    pub fn resolve<'a>(
+        &self,
+        needed: impl IntoIterator<Item = &'a Need>,
+    ) -> Result<Vec<Module>, ModulesError> {
         let mut resolved = Resolved { tree: self, seen: BTreeSet::new(), modules: Vec::new() };
-        for name in names {
-            resolved.add(name, "container domains")?;
-        }
-        for name in algorithms {
-            let alias = format!("crypto-{name}");
-            if !self.aliases.contains_key(&alias) {
-                return Err(ModulesError::Algorithm { name: (*name).to_owned(), tree: self.root.clone() });
+        for need in needed {
+            match need {
+                Need::Module(name) => resolved.add(name, "container domains")?,
+                Need::Algorithm(name) => {
+                    let alias = format!("crypto-{name}");
+                    if !self.aliases.contains_key(&alias) {
+                        let (name, tree) = ((*name).to_owned(), self.root.clone());
+                        return Err(ModulesError::Algorithm { name, tree });
+                    }
+                    resolved.add_if_there(&alias)?;
+                }
             }
-            resolved.add_if_there(&alias)?;
         }
         Ok(resolved.modules)
     }
@@ -281,9 +296,15 @@ mod tests {
             self
         }
 
-        fn resolve(&self, names: &[&str], algorithms: &[&str]) -> Result<Vec<String>, String> {
+        fn resolve(
+            &self,
+            names: &[&'static str],
+            algorithms: &[&'static str],
+        ) -> Result<Vec<String>, String> {
+            let algorithms = algorithms.iter().copied().map(Need::Algorithm);
+            let needed: Vec<Need> = algorithms.chain(names.iter().copied().map(Need::Module)).collect();
             let modules = ModuleTree::open(self.0.path(), KERNEL)
-                .and_then(|tree| tree.resolve(names, algorithms))
+                .and_then(|tree| tree.resolve(&needed))
                 .map_err(|error| error.to_string().replace(&self.path("").display().to_string(), "TREE/"))?;
             Ok(modules.into_iter().map(|module| module.name).collect())
         }
@@ -389,7 +410,8 @@ mod tests {
             let packed = Command::new(program).arg("-c").arg(&path).output().unwrap().stdout;
             fs::write(&output, &packed).unwrap();
             fs::remove_file(&path).unwrap();
-            let modules = ModuleTree::open(tree.0.path(), KERNEL).unwrap().resolve(&["a"], &[]).unwrap();
+            let modules =
+                ModuleTree::open(tree.0.path(), KERNEL).unwrap().resolve(&[Need::Module("a")]).unwrap();
             assert_eq!(modules[0], Module { name: "b".to_owned(), content: plain }, "{program}");
             fs::write(&output, &packed[..packed.len() - 9]).unwrap();
             let error = tree.resolve(&["a"], &[]).unwrap_err();
