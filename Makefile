@@ -10,14 +10,18 @@ UNITS := cofferdam-vmm@.socket cofferdam-vmm@.service
 # What is installed, as `make build manuals` leaves it.
 BIN_DIR ?= target/$(MUSL)/release
 MANUALS ?= target/manuals
+# The image in whose domains containers run, as `make domain-image` leaves it.
+DOMAIN_IMAGE ?= target/domain.igvm
 AT = $(DESTDIR)$(PREFIX)
 MAN_DIR = $(AT)/share/man/man1
 BASH_DIR = $(AT)/share/bash-completion/completions
 ZSH_DIR = $(AT)/share/zsh/site-functions
 FISH_DIR = $(AT)/share/fish/vendor_completions.d
 UNIT_DIR = $(AT)/lib/systemd/system
+INIT_DIR = $(AT)/lib/cofferdam
+IMAGE_DIR = $(AT)/share/cofferdam
 
-.PHONY: all deps build payloads run test test-all lint unit payload domain snp bench fuzz seccomp-unused manuals install install-built uninstall clean
+.PHONY: all deps build payloads run test test-all lint unit payload domain snp bench fuzz seccomp-unused manuals domain-image install install-built uninstall clean
 
 all: build
 
@@ -43,6 +47,7 @@ test-all: lint unit build payloads seccomp-unused ## Every tier, the long tests 
 	cargo test -p cofferdam-container --test images --test limits -- --ignored
 	cargo test -p xtask --test rig -- --ignored --test-threads=1
 	@cargo xtask domain-tests --long
+	@cargo xtask domain-tests --long --small-kernel container
 	@cargo xtask snp-tests --long
 	@echo "make test-all: lint, unit, payload, domain and SNP tiers passed, long tests included"
 
@@ -82,12 +87,17 @@ fuzz: ## Each fuzz target for FUZZ_SECONDS (60); needs the nightly toolchain and
 manuals: deps ## Man pages and shell completions, in target/manuals
 	cargo run --quiet -p cofferdam-manuals -- "$(MANUALS)"
 
-install: build manuals ## The programs, man pages, completions and units, below PREFIX (/usr/local) and DESTDIR
+domain-image: build ## The image of containers' domains, with Debian's cloud kernel
+	@cargo xtask domain-image "$(DOMAIN_IMAGE)"
+
+install: build manuals domain-image ## The programs, man pages, completions, units and domain image, below PREFIX (/usr/local) and DESTDIR
 	@$(MAKE) --no-print-directory install-built
 
-install-built: ## The same of what is built already: `make build manuals && sudo make install-built`
-	install -d "$(AT)/bin" "$(MAN_DIR)" "$(BASH_DIR)" "$(ZSH_DIR)" "$(FISH_DIR)" "$(UNIT_DIR)"
+install-built: ## The same of what is built already: `make build manuals domain-image && sudo make install-built`
+	install -d "$(AT)/bin" "$(MAN_DIR)" "$(BASH_DIR)" "$(ZSH_DIR)" "$(FISH_DIR)" "$(UNIT_DIR)" "$(INIT_DIR)" "$(IMAGE_DIR)"
 	for name in $(BINARIES); do install -m 755 "$(BIN_DIR)/$$name" "$(AT)/bin/" || exit 1; done
+	install -m 755 "$(BIN_DIR)/cofferdam-init" "$(INIT_DIR)/"
+	install -m 644 "$(DOMAIN_IMAGE)" "$(IMAGE_DIR)/domain.igvm"
 	install -m 644 "$(MANUALS)"/man/*.1 "$(MAN_DIR)/"
 	install -m 644 "$(MANUALS)"/bash/* "$(BASH_DIR)/"
 	install -m 644 "$(MANUALS)"/zsh/* "$(ZSH_DIR)/"
@@ -103,6 +113,8 @@ uninstall: ## Removes what `make install` with the same PREFIX and DESTDIR has p
 	done
 	rm -f "$(MAN_DIR)"/cofferdam.1 "$(MAN_DIR)"/cofferdam-*.1
 	for unit in $(UNITS); do rm -f "$(UNIT_DIR)/$$unit"; done
+	rm -f "$(INIT_DIR)/cofferdam-init" "$(IMAGE_DIR)/domain.igvm"
+	@rmdir "$(INIT_DIR)" "$(IMAGE_DIR)" 2>/dev/null || true
 
 clean:
 	cargo clean

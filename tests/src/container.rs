@@ -1,4 +1,4 @@
-//! A container in a domain of its own: the shipped init and Debian's cloud kernel in an image, layers made by `cofferdam container
+//! A container in a domain of its own: the shipped init and Debian's cloud kernel, or the small one, in an image, layers made by `cofferdam container
 //! build`, and the host's side of the streams.
 
 use std::collections::BTreeMap;
@@ -85,8 +85,10 @@ fn shared() -> &'static Shared {
         let assets = Assets::from_environment().expect("`cargo xtask` names the assets");
         let folder = tempfile::tempdir().expect("a directory can be made");
         let mut build = Command::new(place::cofferdam());
-        build.args(["image", "build", "--init", "--kernel"]).arg(&assets.guest_kernel);
-        build.arg("--modules").arg(&assets.guest_modules);
+        build.args(["image", "build", "--init", "--kernel"]).arg(&assets.container_kernel);
+        if let Some(modules) = &assets.container_modules {
+            build.arg("--modules").arg(modules);
+        }
         build.args(["--cmdline", &format!("{DEFAULT_COMMAND_LINE} quiet")]);
         tool(build.arg("-o").arg(folder.path().join("domain.igvm")));
 

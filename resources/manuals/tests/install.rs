@@ -35,6 +35,8 @@ impl Installed {
         for name in PROGRAMS {
             fs::copy("/bin/true", folder.path().join("bin").join(name)).unwrap();
         }
+        fs::write(folder.path().join("bin/cofferdam-init"), "init").unwrap();
+        fs::write(folder.path().join("image"), "image").unwrap();
         make(&folder.path().join("manuals")).unwrap();
         let installed = Self { folder, destination, prefix };
         installed.make("install-built");
@@ -49,6 +51,7 @@ impl Installed {
             .arg(format!("PREFIX={}", self.prefix))
             .arg(format!("BIN_DIR={}", path("bin")))
             .arg(format!("MANUALS={}", path("manuals")))
+            .arg(format!("DOMAIN_IMAGE={}", path("image")))
             .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."))
             .env_remove("MAKEFLAGS")
             .output()
@@ -117,6 +120,8 @@ fn everything_is_put_in_place_and_taken_away() {
     for unit in ["cofferdam-vmm@.socket", "cofferdam-vmm@.service"] {
         expected.insert((format!("lib/systemd/system/{unit}"), 0o644));
     }
+    expected.insert(("lib/cofferdam/cofferdam-init".to_owned(), 0o755));
+    expected.insert(("share/cofferdam/domain.igvm".to_owned(), 0o644));
     assert_eq!(installed.files(), expected);
     let service = fs::read_to_string(installed.path("lib/systemd/system/cofferdam-vmm@.service")).unwrap();
     assert!(

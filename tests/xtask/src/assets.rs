@@ -76,6 +76,10 @@ pub struct Assets {
     pub guest_vmlinux: PathBuf,
     /// Its module tree.
     pub guest_modules: PathBuf,
+    /// The kernel of containers' domains, a bzImage: Debian's, or the small one.
+    pub container_kernel: PathBuf,
+    /// Its module tree; the small one has its lists beside it.
+    pub container_modules: Option<PathBuf>,
     /// A RAM disk that prints `uname -r`, marks user space and powers off with code 0.
     pub guest_initrd: PathBuf,
     /// Debian's full kernel, a bzImage.
@@ -100,6 +104,8 @@ impl Assets {
         Ok(Self {
             guest_initrd: initrd(&cache, &GUEST, &busybox, &guest)?,
             rig_initrd: initrd(&cache, &RIG, &busybox, &rig)?,
+            container_kernel: guest.image.clone(),
+            container_modules: Some(guest.modules.clone()),
             guest_kernel: guest.image,
             guest_vmlinux: guest.elf,
             guest_modules: guest.modules,

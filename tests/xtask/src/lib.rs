@@ -30,6 +30,7 @@ pub mod ovmf;
 pub mod peer;
 pub mod rig;
 pub mod seccomp;
+pub mod small_kernel;
 pub mod tool;
 
 pub use error::Error;

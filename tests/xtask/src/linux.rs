@@ -10,10 +10,13 @@ use std::time::Duration;
 
 use crate::Error;
 use crate::assets::{self, Assets, GUEST_MODULES, SnpAssets};
+use crate::cache::Cache;
 use crate::initramfs::InitramfsBuilder;
+use crate::kernel;
 use crate::modules::ModuleTree;
 use crate::ovmf;
 use crate::rig::{self, Request, RigError, Snp};
+use crate::small_kernel;
 use crate::tool::{self, progress};
 
 /// How long a tier may take. Its budget is 12 minutes on an idle machine, or less.
@@ -62,6 +65,9 @@ pub struct Selection {
     /// The long tests too
     #[arg(long)]
     long: bool,
+    /// Containers on the small kernel (`cargo xtask kernel`), instead of Debian's
+    #[arg(long)]
+    small_kernel: bool,
     /// Keep the emulator's messages in this file
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
@@ -71,7 +77,11 @@ pub struct Selection {
 
 /// Builds the tests of `tier` and runs those of `selection`. Returns the exit status of the tests.
 pub fn tests(tier: Tier, selection: &Selection) -> Result<u8, RigError> {
-    let assets = Assets::fetch()?;
+    let mut assets = Assets::fetch()?;
+    if selection.small_kernel {
+        assets.container_kernel = small_kernel::fetch(&Cache::open()?)?;
+        assets.container_modules = None;
+    }
     progress(format_args!("building the tests of the {} tier", tier.name()));
     let mut command = vec![test_program(tier.name())?.into(), "--test-threads=1".into()];
     command.extend(selection.long.then(|| "--include-ignored".into()));
@@ -89,6 +99,16 @@ pub fn tests(tier: Tier, selection: &Selection) -> Result<u8, RigError> {
 /// A kernel of 7.x, which `cargo xtask snp-tests --long` names to guests.
 pub fn newer_kernel() -> Option<PathBuf> {
     std::env::var_os(NEWER_KERNEL).map(PathBuf::from)
+}
+
+/// Makes the image of containers' domains with Debian's cloud kernel, by what `make build` has built.
+pub fn domain_image(output: &Path) -> Result<(), Error> {
+    let kernel = kernel::fetch(&Cache::open()?, kernel::GUEST)?;
+    let mut build = Command::new("target/x86_64-unknown-linux-musl/release/cofferdam");
+    build.args(["image", "build", "--init", "--kernel"]).arg(kernel.image);
+    let said = tool::run(build.arg("--modules").arg(kernel.modules).arg("-o").arg(output))?;
+    progress(String::from_utf8_lossy(&said).trim_end());
+    Ok(())
 }
 
 /// Boots a Debian guest that prints its kernel's version and a file from its disk. Returns the exit status of

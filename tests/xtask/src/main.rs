@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use xtask::assets::{Assets, SnpAssets};
+use xtask::cache::Cache;
 use xtask::linux::{self, Selection, Tier};
 use xtask::rig::{self, Request, RigError, Snp};
-use xtask::seccomp;
+use xtask::{seccomp, small_kernel};
 
 /// Developer tasks of Cofferdam.
 #[derive(Debug, Parser)]
@@ -36,6 +37,13 @@ enum Task {
     SnpTests(Selection),
     /// Boot a Debian guest that prints its kernel version and a file from its disk: on hardware KVM, else in the rig
     Demo,
+    /// Build the small guest kernel from Debian's source (about 9 minutes of a processor, once); print where it lies
+    Kernel,
+    /// Make the image of containers' domains with Debian's cloud kernel, by what `make build` has built
+    DomainImage {
+        /// The file to write
+        output: PathBuf,
+    },
     /// Exit with 0 if this machine's own CPU can run guests, else with 1
     HasKvm,
     /// List system calls that the seccomp policies allow and no test needs, without saying why; fails if there is one
@@ -101,6 +109,8 @@ fn main() -> ExitCode {
         Task::DomainTests(selection) => exit(linux::tests(Tier::Domain, &selection)),
         Task::SnpTests(selection) => exit(linux::tests(Tier::Snp, &selection)),
         Task::Demo => exit(linux::demo()),
+        Task::Kernel => report(kernel(), 1),
+        Task::DomainImage { output } => report(linux::domain_image(&output), 1),
         Task::HasKvm => has_kvm(),
         Task::SeccompUnused => seccomp_unused(),
         Task::Agent => report(xtask::agent::run(), 1),
@@ -127,6 +137,12 @@ fn assets(json: bool) -> Result<(), xtask::Error> {
             println!("{name:<14} {}", path.display());
         }
     }
+    Ok(())
+}
+
+fn kernel() -> Result<(), xtask::Error> {
+    let kernel = small_kernel::fetch(&Cache::open()?)?;
+    println!("{}", kernel.display());
     Ok(())
 }
 
