@@ -35,8 +35,8 @@ build: deps ## The shipped binaries, static, in target/x86_64-unknown-linux-musl
 payloads: deps ## The tiny guests of the payload tier
 	cargo build --release --target $(BARE) -p cofferdam-payloads
 
-run: build ## Boot a Debian guest that prints its kernel version and a file from its disk
-	@cargo xtask demo && echo "make run: a Debian guest ran in a domain of its own and powered off"
+run: build ## Build a container image of Debian packages and run it in a domain
+	@cargo xtask demo && echo "make run: a container ran in a domain of its own"
 
 test: lint unit payload domain snp ## Every tier
 	@echo "make test: lint, unit, payload, domain and SNP tiers passed"

@@ -1,7 +1,7 @@
 //! What runs Linux guests: the domain and SNP tiers of the tests, and `make run`.
 //! Where the hardware can do it they run directly, elsewhere in the rig.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,11 +9,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::Error;
-use crate::assets::{self, Assets, GUEST_MODULES, SnpAssets};
+use crate::apt::Apt;
+use crate::assets::{self, Assets, SnpAssets};
 use crate::cache::Cache;
-use crate::initramfs::InitramfsBuilder;
 use crate::kernel;
-use crate::modules::ModuleTree;
 use crate::ovmf;
 use crate::rig::{self, Request, RigError, Snp};
 use crate::small_kernel;
@@ -27,10 +26,9 @@ const LONG_TIMEOUT: Duration = Duration::from_secs(2 * 60 * 60);
 const NEWER_KERNEL: &str = "COFFERDAM_NEWER_KERNEL";
 const DEMO_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
-const DEMO_INIT: &[u8] = include_bytes!("demo-init");
-const DEMO_APPLETS: [&str; 10] =
-    ["sh", "mount", "devmem", "cat", "insmod", "uname", "echo", "mkdir", "nproc", "poweroff"];
-const DEMO_FILE: &str = "hello from a file on a disk image";
+/// What the container of the demonstration is made of, and what it runs.
+const DEMO_PACKAGES: [&str; 3] = ["base-files", "coreutils", "dash"];
+const DEMO_SCRIPT: &[u8] = include_bytes!("demo-script");
 
 /// What a tier's guests run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,41 +102,72 @@ pub fn newer_kernel() -> Option<PathBuf> {
 /// Makes the image of containers' domains with Debian's cloud kernel, by what `make build` has built.
 pub fn domain_image(output: &Path) -> Result<(), Error> {
     let kernel = kernel::fetch(&Cache::open()?, kernel::GUEST)?;
-    let mut build = Command::new("target/x86_64-unknown-linux-musl/release/cofferdam");
+    let mut build = Command::new(cofferdam());
     build.args(["image", "build", "--init", "--kernel"]).arg(kernel.image);
     let said = tool::run(build.arg("--modules").arg(kernel.modules).arg("-o").arg(output))?;
     progress(String::from_utf8_lossy(&said).trim_end());
     Ok(())
 }
 
-/// Boots a Debian guest that prints its kernel's version and a file from its disk. Returns the exit status of
-/// `cofferdam run`.
+/// Builds a container image of Debian packages and runs it in a domain. Returns the exit status of `cofferdam run`.
 pub fn demo() -> Result<u8, RigError> {
     let assets = Assets::fetch()?;
-    let directory = tempfile::tempdir().map_err(Error::file("create", std::env::temp_dir()))?;
-    let (initrd, disk) = demo_files(&assets, directory.path())?;
-    let mut drive = OsString::from("path=");
-    drive.push(&disk);
-    drive.push(",ro,id=data");
+    let root = container_root(&Cache::open()?)?;
+    let (image, container) = (Path::new("target/domain.igvm"), Path::new("target/demo-container"));
+    domain_image(image)?;
+    let build: [&OsStr; 8] = [
+        "container".as_ref(),
+        "build".as_ref(),
+        root.as_ref(),
+        "-o".as_ref(),
+        container.as_ref(),
+        "--".as_ref(),
+        "/bin/sh".as_ref(),
+        "/hello".as_ref(),
+    ];
+    let mut command = Command::new(cofferdam());
+    command.args(build);
+    progress(format_args!("the commands, as you would type them: {}", tool::line(&command)));
+    let said = tool::run(&mut command)?;
+    progress(String::from_utf8_lossy(&said).trim_end());
     let command: Vec<OsString> = vec![
-        "target/x86_64-unknown-linux-musl/release/cofferdam".into(),
+        cofferdam().into(),
         "run".into(),
-        "--kernel".into(),
-        assets.guest_kernel.clone().into(),
-        "--initrd".into(),
-        initrd.into(),
-        "--cmdline".into(),
-        "console=ttyS0 reboot=a panic=-1 pci=off quiet".into(),
+        "--image".into(),
+        image.into(),
+        "--container".into(),
+        container.into(),
         "--cpus".into(),
         "2".into(),
         "--memory".into(),
         "256M".into(),
-        "--drive".into(),
-        drive,
     ];
     let words: Vec<String> = command.iter().map(|word| tool::quote(word)).collect();
-    progress(format_args!("the command, as you would type it: {}", words.join(" ")));
-    run(&assets, Vec::new(), Tier::Domain, Request::new(command, DEMO_TIMEOUT))
+    progress(format_args!("and: {}", words.join(" ")));
+    let status = run(&assets, Vec::new(), Tier::Domain, Request::new(command, DEMO_TIMEOUT))?;
+    progress(format_args!("the container's exit status: {status}"));
+    Ok(status)
+}
+
+/// A root file system of Debian packages, and a script in it.
+fn container_root(cache: &Cache) -> Result<PathBuf, Error> {
+    let packages = DEMO_PACKAGES.join(" ");
+    let entry = cache.entry("demo-root", &[b"1", packages.as_bytes(), DEMO_SCRIPT], |directory| {
+        let root = directory.join("root");
+        fs::create_dir(&root).map_err(Error::file("create", &root))?;
+        Apt::new(cache, "bookworm", &["deb main bookworm"])?
+            .unpack_with_dependencies(&DEMO_PACKAGES, &root)?;
+        let script = root.join("hello");
+        fs::write(&script, DEMO_SCRIPT).map_err(Error::file("write", script))
+    })?;
+    Ok(entry.join("root"))
+}
+
+/// The command that `make build` has built, or the one in the folder `$COFFERDAM_BIN`.
+fn cofferdam() -> PathBuf {
+    let folder = std::env::var_os("COFFERDAM_BIN")
+        .map_or("target/x86_64-unknown-linux-musl/release".into(), PathBuf::from);
+    folder.join("cofferdam")
 }
 
 /// Runs a command that boots the guests of `tier`, where they run, with these variables in its environment.
@@ -190,19 +219,4 @@ fn test_program(name: &str) -> Result<PathBuf, Error> {
             what: format!("the program of the {name} tests"),
             reason: "cargo does not name it in its messages".to_owned(),
         })
-}
-
-fn demo_files(assets: &Assets, directory: &Path) -> Result<(PathBuf, PathBuf), Error> {
-    let (initrd, disk, content) =
-        (directory.join("initrd"), directory.join("disk.img"), directory.join("content"));
-    let modules = ModuleTree::open(&assets.guest_modules)?.resolve(&GUEST_MODULES)?;
-    let mut image = InitramfsBuilder::new();
-    image.busybox(&assets.busybox, &DEMO_APPLETS)?.file("init", 0o755, DEMO_INIT).modules(&modules);
-    fs::write(&initrd, image.build()).map_err(Error::file("write", &initrd))?;
-    fs::create_dir(&content).map_err(Error::file("create", &content))?;
-    let file = content.join("hello.txt");
-    fs::write(&file, DEMO_FILE).map_err(Error::file("write", &file))?;
-    progress("making a disk image with a file on it");
-    tool::run(Command::new("mkfs.ext4").args(["-q", "-d"]).arg(&content).arg(&disk).arg("16M"))?;
-    Ok((initrd, disk))
 }

@@ -35,7 +35,7 @@ enum Task {
     DomainTests(Selection),
     /// Run the tests that boot Linux in SEV-SNP domains: on SNP hardware, else in the rig with an emulated secure processor
     SnpTests(Selection),
-    /// Boot a Debian guest that prints its kernel version and a file from its disk: on hardware KVM, else in the rig
+    /// Build a container image of Debian packages and run it in a domain: on hardware KVM, else in the rig
     Demo,
     /// Build the small guest kernel from Debian's source (about 9 minutes of a processor, once); print where it lies
     Kernel,
