@@ -1,7 +1,4 @@
-//! The emulator: QEMU with the patch series of `tests/emulator`.
-//!
-//! It is taken from a prebuilt file if one with the pinned digest is at hand,
-//! else built from Debian's source package. Both give the same cache entry.
+//! The emulator: QEMU with the patch series of `tests/emulator`, built from Debian's source package.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,10 +10,6 @@ use crate::{Error, tool};
 
 /// Debian's source package that the series is made for, of trixie-security.
 const SOURCE: &str = "qemu=1:10.0.13+ds-0+deb13u1";
-
-/// SHA-256 of the prebuilt `qemu-system-x86_64.xz`: [`SOURCE`] and the series,
-/// built as in [`build`], stripped.
-const PREBUILT: &str = "eb067c5cf7a4aede07ee6f386c4737822f0403489e59f3b70ec0668db1d6afd7";
 
 /// What the emulator is linked to.
 const RUNTIME_PACKAGES: [&str; 7] =
@@ -61,24 +54,15 @@ const CONFIGURE: &[&str] = &[
     "--disable-werror",
 ];
 
-/// The emulator's program; taken from a prebuilt file or built if it is not in
-/// `cache`. Makes sure that the libraries it needs are there.
+/// The emulator's program; built if it is not in `cache`. Makes sure that the
+/// libraries it needs are there.
 pub fn fetch(cache: &Cache) -> Result<PathBuf, Error> {
     let series = series()?;
     let mut recipe: Vec<&[u8]> = vec![b"1", SOURCE.as_bytes()];
     recipe.extend(series.iter().map(|(_, content)| content.as_slice()));
     let entry = cache.entry("qemu", &recipe, |directory| {
         let program = directory.join("qemu-system-x86_64");
-        match prebuilt()? {
-            Some(archive) => {
-                tool::progress(format_args!("unpacking the prebuilt emulator {}", archive.display()));
-                let bytes = tool::filter_file("xz", &["-dc"], &archive)?;
-                fs::write(&program, bytes).map_err(Error::file("write", &program))?;
-                tool::run(Command::new("chmod").arg("755").arg(&program))?;
-            }
-            None => build(cache, &series, directory, &program)?,
-        }
-        Ok(())
+        build(cache, &series, directory, &program)
     })?;
     let program = entry.join("qemu-system-x86_64");
     check(&program)?;
@@ -132,27 +116,6 @@ fn series() -> Result<Vec<(PathBuf, Vec<u8>)>, Error> {
     paths.into_iter().map(content).collect()
 }
 
-/// The prebuilt emulator, if it is there with the right digest: in
-/// `$COFFERDAM_TEE_PLATFORM`, else in `../shared/tee-platform` beside the
-/// repository.
-fn prebuilt() -> Result<Option<PathBuf>, Error> {
-    let directory = std::env::var_os("COFFERDAM_TEE_PLATFORM").map(PathBuf::from);
-    let directory = directory.unwrap_or_else(|| repository().join("../shared/tee-platform"));
-    let archive = directory.join("qemu-system-x86_64.xz");
-    if !archive.exists() {
-        return Ok(None);
-    }
-    let digest = tool::filter_file("sha256sum", &[], &archive)?;
-    if !digest.starts_with(PREBUILT.as_bytes()) {
-        let archive = archive.display();
-        tool::progress(format_args!(
-            "{archive} is not the pinned build (SHA-256 {PREBUILT}): building from source"
-        ));
-        return Ok(None);
-    }
-    Ok(Some(archive))
-}
-
 /// Builds the emulator in `directory` and moves it to `program`.
 fn build(
     cache: &Cache,
@@ -160,9 +123,7 @@ fn build(
     directory: &Path,
     program: &Path,
 ) -> Result<(), Error> {
-    tool::progress(
-        "no prebuilt emulator at hand: building it from Debian's source (5 to 10 minutes on 2 cores)",
-    );
+    tool::progress("building the emulator from Debian's source (5 to 10 minutes on 2 cores)");
     tool::install("building the emulator", &BUILD_PACKAGES)?;
     let work = directory.join("work");
     fs::create_dir(&work).map_err(Error::file("create", &work))?;
