@@ -58,6 +58,10 @@ pub struct SnpConfig {
     /// A file with the authentication of the ID block (4,096 bytes).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id_auth: Option<PathBuf>,
+    /// A file with the certificates that a guest gets with its attestation report: GUID table and content, as the GHCB
+    /// specification has them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certs: Option<PathBuf>,
 }
 
 /// 32 bytes that attestation reports show.

@@ -78,6 +78,7 @@ impl DomainConfig {
             ("logger.log_path", self.logger.as_ref().and_then(|logger| logger.log_path.as_ref())),
             ("confidential.snp.id_block", self.confidential.snp.id_block.as_ref()),
             ("confidential.snp.id_auth", self.confidential.snp.id_auth.as_ref()),
+            ("confidential.snp.certs", self.confidential.snp.certs.as_ref()),
             ("metrics.metrics_path", self.metrics.as_ref().map(|metrics| &metrics.metrics_path)),
         ];
         let named = named.into_iter().filter_map(|(field, path)| Some((field.to_owned(), path?.as_path())));

@@ -340,6 +340,9 @@ pub struct RunArgs {
     /// Authentication of the ID block (4096 bytes)
     #[arg(long, value_name = "FILE", requires = "snp_id_block")]
     pub snp_id_auth: Option<PathBuf>,
+    /// Certificates for the guest's attestation reports: a table of GUIDs and what it names
+    #[arg(long, value_name = "FILE")]
+    pub snp_certs: Option<PathBuf>,
     /// Name of the domain [default: domain-<process id>]
     #[arg(long, value_name = "NAME")]
     pub id: Option<String>,
@@ -505,6 +508,7 @@ impl RunArgs {
                     policy: self.snp_policy,
                     id_block: self.snp_id_block.clone(),
                     id_auth: self.snp_id_auth.clone(),
+                    certs: self.snp_certs.clone(),
                 },
             },
             stop_timeout_ms: stop_timeout
@@ -527,6 +531,7 @@ impl RunArgs {
             ("--vsock", self.vsock.as_ref()),
             ("--snp-id-block", self.snp_id_block.as_ref()),
             ("--snp-id-auth", self.snp_id_auth.as_ref()),
+            ("--snp-certs", self.snp_certs.as_ref()),
             ("--console", console),
         ];
         match paths.iter().find_map(|(option, path)| path.filter(|p| p.to_str().is_none()).zip(Some(option)))

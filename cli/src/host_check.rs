@@ -3,13 +3,13 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
-use cofferdam_confidential::host::survey::{Check, Platforms, Survey};
+use cofferdam_confidential::host::survey::{Check, Platforms, Survey, snp};
 
 use crate::say::coloured;
 
 /// Prints what this machine can do. Returns 0 if a plain domain can run here, else 125.
 pub fn check(as_json: bool) -> u8 {
-    let survey = Survey::of_this_host();
+    let survey = Survey::of_this_host(true);
     let text = if as_json { json_form(&survey) } else { text_form(&survey, coloured(&io::stdout())) };
     // Who closed standard output still gets the exit code.
     let _ = io::stdout().lock().write_all(text.as_bytes());
@@ -22,7 +22,7 @@ fn json_form(survey: &Survey) -> String {
     format!("{report}\n")
 }
 
-/// One line per check, aligned; the capabilities that are there share one.
+/// One line per check, aligned; the capabilities that are there share one, and where there is no SEV-SNP, one says why.
 fn text_form(survey: &Survey, coloured: bool) -> String {
     let is_capability = |check: &&Check| check.name.starts_with("KVM_CAP_");
     let needed = survey.checks.iter().filter(is_capability).count();
@@ -33,10 +33,14 @@ fn text_form(survey: &Survey, coloured: bool) -> String {
         reason: format!("{present} of the {needed} that a domain needs"),
         remedy: None,
     };
+    let has_snp = survey.checks.iter().any(|check| check.name == "snp" && check.ok);
     let mut rows = Vec::new();
     for check in &survey.checks {
         // Without KVM none is there, and the line about KVM says why.
         if is_capability(&check) && (check.ok || present == 0) {
+            continue;
+        }
+        if check.name.starts_with(snp::DETAILS) && !has_snp {
             continue;
         }
         rows.push(check);
@@ -88,6 +92,10 @@ mod tests {
     use super::*;
 
     fn survey(plain: bool) -> Survey {
+        with_snp(plain, false)
+    }
+
+    fn with_snp(plain: bool, snp: bool) -> Survey {
         let check = |name, ok: bool| Check {
             name,
             ok,
@@ -99,7 +107,8 @@ mod tests {
                 check("kvm", true),
                 check("KVM_CAP_A", true),
                 check("KVM_CAP_B", plain),
-                check("snp", false),
+                check("snp", snp),
+                check("snp_firmware", snp),
             ],
             platforms: Platforms { plain, ..Platforms::default() },
         }
@@ -118,6 +127,8 @@ mod tests {
         let missing = text_form(&survey(false), false);
         assert!(missing.contains("KVM_CAP_B         no   why KVM_CAP_B\n"), "{missing}");
         assert!(missing.ends_with("No domain can run on this host.\n"));
+        let details = text_form(&with_snp(true, true), false);
+        assert!(details.contains("snp_firmware      yes  why snp_firmware\n"), "{details}");
         assert!(text_form(&survey(true), true).contains("\x1b[32myes\x1b[0m"));
     }
 

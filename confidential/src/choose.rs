@@ -1,11 +1,9 @@
 //! Which platform a domain gets.
 
-use std::path::Path;
-
 use cofferdam_api::config::PlatformChoice;
 use thiserror::Error;
 
-use crate::host::{HostFiles, KvmInterface, survey};
+use crate::host::{HostFiles, KvmInterface, SevAttribute, survey};
 use crate::image::compose::check_snp_policy;
 use crate::image::importer::ImagePlatform;
 use crate::image::walk::names;
@@ -13,8 +11,8 @@ use crate::plain::Plain;
 use crate::platform::Platform;
 use crate::snp::{Snp, SnpOptions};
 
-/// Where the secure processor is.
-const SEV_DEVICE: &str = "/dev/sev";
+/// Where the secure processor is, below the root.
+const SEV_DEVICE: &str = "dev/sev";
 
 /// Why a domain does not get the platform that was asked for.
 #[derive(Debug, Error)]
@@ -43,6 +41,11 @@ pub enum ChooseError {
     /// A guest policy that no launch can have.
     #[error("confidential.snp.policy: {0}")]
     Policy(String),
+    /// The monitor is not asked for what a guest wants.
+    #[error(
+        "confidential.snp.certs: this host's KVM gives guests no certificates; it needs Linux 7.2 or newer, see `cofferdam host check`"
+    )]
+    Certificates,
     /// None that protects can be had, and it has to be one.
     #[error("confidential.require_protected: {0}")]
     Unprotected(Box<ChooseError>),
@@ -72,19 +75,36 @@ pub fn choose(
     wanted: Wanted,
     image: Option<&[ImagePlatform]>,
 ) -> Result<Box<dyn Platform>, ChooseError> {
+    choose_on(&HostFiles::default(), kvm, wanted, image)
+}
+
+fn choose_on(
+    files: &HostFiles,
+    kvm: &dyn KvmInterface,
+    wanted: Wanted,
+    image: Option<&[ImagePlatform]>,
+) -> Result<Box<dyn Platform>, ChooseError> {
     match wanted.platform {
         PlatformChoice::Plain if wanted.protected => Err(ChooseError::Plain),
         PlatformChoice::Plain => Ok(Box::new(Plain)),
-        PlatformChoice::Snp => snp(kvm, wanted.snp, image),
-        PlatformChoice::Auto => match snp(kvm, wanted.snp, image) {
+        PlatformChoice::Snp => snp(files, kvm, wanted.snp, image),
+        PlatformChoice::Auto => match snp(files, kvm, wanted.snp, image) {
             Ok(snp) => Ok(snp),
-            Err(error) if wanted.protected => Err(ChooseError::Unprotected(error.into())),
-            Err(_) => Ok(Box::new(Plain)),
+            Err(error @ (ChooseError::Host { .. } | ChooseError::Image { .. } | ChooseError::Direct(_))) => {
+                if wanted.protected {
+                    Err(ChooseError::Unprotected(error.into()))
+                } else {
+                    Ok(Box::new(Plain))
+                }
+            }
+            // There would be SEV-SNP, but for what was asked of it.
+            Err(error) => Err(error),
         },
     }
 }
 
 fn snp(
+    files: &HostFiles,
     kvm: &dyn KvmInterface,
     options: SnpOptions,
     image: Option<&[ImagePlatform]>,
@@ -97,14 +117,20 @@ fn snp(
     if let Some(policy) = options.policy {
         check_snp_policy(policy).map_err(|error| ChooseError::Policy(error.to_string()))?;
     }
-    let offered = survey::snp(&HostFiles::default(), Some(kvm));
+    let offered = survey::snp::snp(files, Some(kvm));
     if let (false, reason, remedy) = (offered.ok, offered.reason, offered.remedy.unwrap_or_default()) {
         return Err(ChooseError::Host { platform, reason, remedy });
     }
-    match Snp::new(Path::new(SEV_DEVICE), options) {
+    if options.certificates && kvm.sev_attribute(SevAttribute::CertificateRequests).is_none_or(|yes| yes == 0)
+    {
+        return Err(ChooseError::Certificates);
+    }
+    let device = files.path(SEV_DEVICE);
+    match Snp::new(&device, options) {
         Ok(snp) => Ok(Box::new(snp)),
         Err(error) => {
-            let (reason, remedy) = (format!("{SEV_DEVICE}: {error}"), "`cofferdam host check`".to_owned());
+            let (reason, remedy) =
+                (format!("{}: {error}", device.display()), "`cofferdam host check`".to_owned());
             Err(ChooseError::Host { platform, reason, remedy })
         }
     }
@@ -113,7 +139,8 @@ fn snp(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::tests::FakeKvm;
+    use crate::host::survey::snp::VM_TYPE;
+    use crate::host::tests::{FakeKvm, host};
     use cofferdam_api::status;
 
     const IMAGE: Option<&[ImagePlatform]> = Some(&[ImagePlatform::Plain, ImagePlatform::Snp]);
@@ -151,5 +178,35 @@ mod tests {
         assert!(direct.contains("snp needs an image"), "{direct}");
         let automatic = kind(PlatformChoice::Auto, true, IMAGE).unwrap_err();
         assert!(automatic.starts_with("confidential.require_protected: "), "{automatic}");
+    }
+
+    /// What a host with SEV-SNP, whose KVM says `sev`, does with these wishes.
+    fn with_snp(
+        sev: [Option<u64>; 3],
+        platform: PlatformChoice,
+        snp: SnpOptions,
+    ) -> Result<status::Platform, String> {
+        let (_root, files) = host("svm sev_snp");
+        std::fs::write(files.path(SEV_DEVICE), "").unwrap();
+        let kvm = FakeKvm { vm_types: 1 | VM_TYPE, sev, ..FakeKvm::default() };
+        let chosen = choose_on(&files, &kvm, Wanted { platform, protected: false, snp }, IMAGE);
+        chosen.map(|platform| platform.kind()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_snp_cannot_have_is_no_reason_to_go_without_it() {
+        let certificates = SnpOptions { certificates: true, ..SnpOptions::default() };
+        let policy = SnpOptions { policy: Some(1), ..SnpOptions::default() };
+        for platform in [PlatformChoice::Auto, PlatformChoice::Snp] {
+            let chosen = |sev, snp: &SnpOptions| with_snp(sev, platform, snp.clone());
+            assert_eq!(chosen([None; 3], &SnpOptions::default()), Ok(status::Platform::Snp));
+            assert_eq!(chosen([None, None, Some(1)], &certificates), Ok(status::Platform::Snp));
+            for old in [None, Some(0)] {
+                let error = chosen([None, None, old], &certificates).unwrap_err();
+                assert!(error.starts_with("confidential.snp.certs: this host's KVM gives"), "{error}");
+            }
+            let error = chosen([None; 3], &policy).unwrap_err();
+            assert!(error.starts_with("confidential.snp.policy: "), "{error}");
+        }
     }
 }

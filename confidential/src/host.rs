@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 use kvm_bindings as kvm;
 use kvm_ioctls::Kvm;
 
+use crate::sys;
+
 pub mod survey;
 
 /// The one version of the KVM interface that there has been since Linux 2.6.22.
@@ -199,6 +201,19 @@ pub trait KvmInterface {
     fn api_version(&self) -> i32;
     /// `KVM_CHECK_EXTENSION`: positive if there is such a capability.
     fn extension(&self, capability: u32) -> i32;
+    /// `KVM_GET_DEVICE_ATTR` of `KVM_X86_GRP_SEV`: nothing if KVM knows no such attribute.
+    fn sev_attribute(&self, attribute: SevAttribute) -> Option<u64>;
+}
+
+/// What KVM says of SEV guests (Linux `arch/x86/include/uapi/asm/kvm.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SevAttribute {
+    /// `KVM_X86_SEV_VMSA_FEATURES`: bits of SEV_FEATURES that a guest may have.
+    VmsaFeatures = 0,
+    /// `KVM_X86_SNP_POLICY_BITS`: bits that a guest policy may have.
+    PolicyBits = 1,
+    /// `KVM_X86_SEV_SNP_REQ_CERTS`: 1 if the monitor may give certificates to guests that ask for reports.
+    CertificateRequests = 2,
 }
 
 impl KvmInterface for Kvm {
@@ -208,6 +223,10 @@ impl KvmInterface for Kvm {
 
     fn extension(&self, capability: u32) -> i32 {
         self.check_extension_raw(capability.into())
+    }
+
+    fn sev_attribute(&self, attribute: SevAttribute) -> Option<u64> {
+        sys::sev_attribute(self, attribute as u64).ok()
     }
 }
 
@@ -263,11 +282,13 @@ pub(crate) mod tests {
         pub version: i32,
         pub missing: Vec<u32>,
         pub vm_types: i32,
+        /// Values of `SevAttribute`s, by their numbers.
+        pub sev: [Option<u64>; 3],
     }
 
     impl Default for FakeKvm {
         fn default() -> Self {
-            Self { version: API_VERSION, missing: Vec::new(), vm_types: 1 }
+            Self { version: API_VERSION, missing: Vec::new(), vm_types: 1, sev: [None; 3] }
         }
     }
 
@@ -282,6 +303,10 @@ pub(crate) mod tests {
                 kvm::KVM_CAP_VM_TYPES => self.vm_types,
                 _ => 1,
             }
+        }
+
+        fn sev_attribute(&self, attribute: SevAttribute) -> Option<u64> {
+            self.sev[attribute as usize]
         }
     }
 

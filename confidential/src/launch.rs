@@ -1,5 +1,6 @@
 //! The typed states of a launch.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use cofferdam_api::status;
@@ -7,6 +8,7 @@ use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
+use crate::digest::vmsa::Vmsa;
 use crate::image::importer::{ImagePlatform, PlatformInfo, SnpIdBlock, VcpuContext};
 use crate::platform::{LaunchError, LaunchPages, MemorySlot, Platform, Ram, Sealed};
 use crate::private_memory::PrivateMemory;
@@ -100,12 +102,12 @@ impl Launch<Populated> {
         self.platform.begin(&self.vm, info)
     }
 
-    /// Puts pages of the image into RAM.
-    pub fn load(&mut self, pages: &LaunchPages<'_>) -> Result<(), LaunchError> {
+    /// Puts pages of the image into RAM. Returns what was changed in them, in words for whoever started the domain.
+    pub fn load(&mut self, pages: &LaunchPages<'_>) -> Result<Option<String>, LaunchError> {
         self.platform.load(&self.vm, &self.state.memory.shared, pages)
     }
 
-    /// Takes note of how a vCPU begins, before its registers are set so.
+    /// Takes note of how a vCPU begins.
     pub fn set_context(&mut self, index: u16, context: &VcpuContext<'_>) -> Result<(), LaunchError> {
         self.platform.set_context(index, context)
     }
@@ -147,6 +149,11 @@ impl Launch<WithVcpus> {
     /// The vCPUs, whose registers are set now.
     pub fn vcpus(&self) -> &[VcpuFd] {
         &self.state.vcpus
+    }
+
+    /// What the registers of vCPU `index` have to be set to, where the platform measures them.
+    pub fn save_area(&self, index: u8) -> Option<Cow<'_, Vmsa>> {
+        self.platform.save_area(index.into())
     }
 
     /// The domain's private memory, where the platform has such.

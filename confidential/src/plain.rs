@@ -1,6 +1,7 @@
 //! The plain platform: an ordinary virtual machine. The host can read and
 //! change everything in it, and nothing here pretends otherwise.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use cofferdam_api::status;
@@ -8,6 +9,7 @@ use kvm_bindings::KVM_X86_DEFAULT_VM;
 use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use crate::digest::vmsa::Vmsa;
 use crate::image::importer::{ImagePlatform, PageKind, PlatformInfo, SnpIdBlock, VcpuContext};
 use crate::memory_slot;
 use crate::platform::{LaunchError, LaunchPages, MemorySlot, Platform, Ram, Sealed};
@@ -61,7 +63,7 @@ impl Platform for Plain {
         _vm: &VmFd,
         memory: &GuestMemoryMmap,
         pages: &LaunchPages<'_>,
-    ) -> Result<(), LaunchError> {
+    ) -> Result<Option<String>, LaunchError> {
         match pages.kind {
             PageKind::Measured | PageKind::Unmeasured | PageKind::Shared => {}
             PageKind::SnpSecrets | PageKind::SnpCpuid | PageKind::SnpCpuidXf => {
@@ -70,7 +72,8 @@ impl Platform for Plain {
         }
         memory
             .write_slice(pages.bytes, GuestAddress(pages.gpa))
-            .map_err(|error| LaunchError::Unsupported(format!("{:#x}: {error}", pages.gpa)))
+            .map_err(|error| LaunchError::Unsupported(format!("{:#x}: {error}", pages.gpa)))?;
+        Ok(None)
     }
 
     fn set_context(&mut self, _index: u16, context: &VcpuContext<'_>) -> Result<(), LaunchError> {
@@ -80,6 +83,10 @@ impl Platform for Plain {
                 Err(unsupported("a vCPU of another platform"))
             }
         }
+    }
+
+    fn save_area(&self, _index: u16) -> Option<Cow<'_, Vmsa>> {
+        None
     }
 
     fn set_id_block(&mut self, _block: &SnpIdBlock) -> Result<(), LaunchError> {

@@ -1,5 +1,6 @@
 //! What a protection platform does differently, in the order a domain meets it.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use cofferdam_api::status;
@@ -8,7 +9,7 @@ use thiserror::Error;
 use vm_memory::{FileOffset, GuestMemoryMmap};
 
 use crate::digest::Sha384Digest;
-use crate::digest::vmsa::VmsaError;
+use crate::digest::vmsa::{Vmsa, VmsaError};
 use crate::image::importer::{ImagePlatform, PageKind, PlatformInfo, SnpIdBlock, VcpuContext};
 use crate::private_memory::{ConversionError, PrivateMemory};
 use crate::snp::command::CommandError;
@@ -39,14 +40,14 @@ pub enum LaunchError {
         source: CommandError,
     },
     /// By the secure processor, because of what is in the CPUID page.
-    #[error(
-        "the secure processor refuses the CPUID page at {gpa:#x}, and what it would accept too: {entries}"
-    )]
+    #[error("the secure processor refuses the CPUID page at {gpa:#x} twice: {first}; and then: {second}")]
     Cpuid {
         /// Guest-physical address of the page.
         gpa: u64,
         /// What it would change.
-        entries: String,
+        first: String,
+        /// What it would change in that.
+        second: String,
     },
     /// A vCPU cannot be started as the image wants it.
     #[error("vCPU {index}: {source}")]
@@ -139,8 +140,6 @@ pub struct Sealed {
     pub policy: Option<u64>,
     /// The launch digest of what was launched, where the platform measures.
     pub digest: Option<Sha384Digest>,
-    /// What whoever started it should know.
-    pub notes: Vec<String>,
 }
 
 /// A protection platform, and the launch of one domain on it.
@@ -170,16 +169,20 @@ pub trait Platform: Send {
     /// Begins to load an image, of which `info` tells.
     fn begin(&mut self, vm: &VmFd, info: &PlatformInfo) -> Result<(), LaunchError>;
 
-    /// Puts pages of the image into RAM, whose shared side is `memory`.
+    /// Puts pages of the image into RAM, whose shared side is `memory`. Returns what was changed in them, in words for whoever
+    /// started the domain.
     fn load(
         &mut self,
         vm: &VmFd,
         memory: &GuestMemoryMmap,
         pages: &LaunchPages<'_>,
-    ) -> Result<(), LaunchError>;
+    ) -> Result<Option<String>, LaunchError>;
 
-    /// Takes note of how a vCPU begins, before its registers are set so.
+    /// Takes note of how a vCPU begins.
     fn set_context(&mut self, index: u16, context: &VcpuContext<'_>) -> Result<(), LaunchError>;
+
+    /// What vCPU `index` begins with, where the platform measures that.
+    fn save_area(&self, index: u16) -> Option<Cow<'_, Vmsa>>;
 
     /// Takes the image's ID block.
     fn set_id_block(&mut self, block: &SnpIdBlock) -> Result<(), LaunchError>;

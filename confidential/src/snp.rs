@@ -4,7 +4,7 @@
 //!
 //! | step | command | when |
 //! |---|---|---|
-//! | a guest context, an ASID | `KVM_SEV_INIT2` | [`Platform::prepare_vm`] |
+//! | a guest context, an ASID; who has certificates | `KVM_SEV_INIT2`, `KVM_SEV_SNP_ENABLE_REQ_CERTS` | [`Platform::prepare_vm`] |
 //! | RAM, twice | `KVM_CREATE_GUEST_MEMFD`, `KVM_SET_USER_MEMORY_REGION2` | [`Platform::add_memory`] |
 //! | the policy | `KVM_SEV_SNP_LAUNCH_START` | [`Platform::begin`] |
 //! | each run of pages | `KVM_SET_MEMORY_ATTRIBUTES`, `KVM_SEV_SNP_LAUNCH_UPDATE` | [`Platform::load`] |
@@ -13,11 +13,13 @@
 //! What is handed over is measured here as the secure processor measures it. Only the image's own pages become private
 //! at the launch; the guest claims all others.
 
+pub mod certificates;
 pub mod command;
 pub mod cpuid;
 pub mod registers;
 pub mod termination;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -36,8 +38,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use self::command::{FirmwareStatus, launch};
-use self::cpuid::CpuidPage;
+use self::command::{EnableCertificateRequests, launch};
 use crate::digest::id_block::{IdAuthentication, IdBlock};
 use crate::digest::snp::{LaunchDigest, LaunchPage, VMSA_GPA};
 use crate::digest::vmsa::Vmsa;
@@ -66,6 +67,8 @@ pub struct SnpOptions {
     pub host_data: [u8; 32],
     /// ID block and authentication, in place of the image's.
     pub id: Option<Box<(IdBlock, IdAuthentication)>>,
+    /// Whether the monitor is asked for certificates when the guest fetches a report.
+    pub certificates: bool,
 }
 
 /// A page, aligned like one.
@@ -84,7 +87,6 @@ pub struct Snp {
     /// By vCPU, as KVM builds them.
     contexts: BTreeMap<u16, Vmsa>,
     id: Option<Box<(IdBlock, IdAuthentication)>>,
-    notes: Vec<String>,
 }
 
 impl Snp {
@@ -98,7 +100,6 @@ impl Snp {
             digest: LaunchDigest::new(),
             contexts: BTreeMap::new(),
             id: None,
-            notes: Vec::new(),
         })
     }
 
@@ -132,27 +133,16 @@ impl Snp {
         Ok(())
     }
 
-    /// As [`Self::update`]. Where the firmware takes some value of the page from no host, it says which it would take, and gets
-    /// those.
-    fn update_cpuid(&mut self, vm: &VmFd, gpa: u64, page: &mut AlignedPage) -> Result<(), LaunchError> {
-        let given = CpuidPage::from(&page.0);
-        let refused = match self.update(vm, gpa, PageKind::SnpCpuid, std::slice::from_mut(page)) {
-            Err(error) if is_invalid_parameter(&error) => error,
-            other => return other,
-        };
-        let accepted = CpuidPage::from(&page.0);
-        if accepted == given {
-            return Err(refused);
-        }
-        let entries = given.differences(&accepted);
-        match self.update(vm, gpa, PageKind::SnpCpuid, std::slice::from_mut(page)) {
-            Ok(()) => {
-                self.notes.push(format!("the secure processor changed the CPUID page: {entries}"));
-                Ok(())
-            }
-            Err(error) if is_invalid_parameter(&error) => Err(LaunchError::Cpuid { gpa, entries }),
-            Err(error) => Err(error),
-        }
+    /// As [`Self::update`], of a CPUID page. Returns what the firmware wanted changed in it, in words.
+    fn update_cpuid(
+        &mut self,
+        vm: &VmFd,
+        gpa: u64,
+        page: &mut AlignedPage,
+    ) -> Result<Option<String>, LaunchError> {
+        cpuid::hand_over(gpa, page, |page| {
+            self.update(vm, gpa, PageKind::SnpCpuid, std::slice::from_mut(page))
+        })
     }
 
     fn measure(&mut self, gpa: u64, kind: PageKind, pages: &[AlignedPage]) {
@@ -173,8 +163,9 @@ impl Snp {
     }
 }
 
-fn is_invalid_parameter(error: &LaunchError) -> bool {
-    matches!(error, LaunchError::Command { source, .. } if source.firmware == FirmwareStatus::INVALID_PARAM)
+/// All are measured, so all are known: those of which the image says nothing in the state of [`Vmsa::reset`].
+fn save_area(contexts: &BTreeMap<u16, Vmsa>, index: u16) -> Cow<'_, Vmsa> {
+    contexts.get(&index).map_or_else(|| Cow::Owned(Vmsa::reset()), Cow::Borrowed)
 }
 
 fn page_type(kind: PageKind) -> Result<u32, LaunchError> {
@@ -226,7 +217,11 @@ impl Platform for Snp {
             LaunchError::new("KVM_ENABLE_CAP", " of exits for KVM_HC_MAP_GPA_RANGE", error)
         })?;
         let mut init = kvm_sev_init { ghcb_version: GHCB_VERSION, ..Default::default() };
-        launch(vm, &self.sev, &mut init, "")
+        launch(vm, &self.sev, &mut init, "")?;
+        if self.options.certificates {
+            launch(vm, &self.sev, &mut EnableCertificateRequests, "")?;
+        }
+        Ok(())
     }
 
     fn add_memory(&mut self, vm: &VmFd, ram: &[Ram]) -> Result<Option<Arc<PrivateMemory>>, LaunchError> {
@@ -260,7 +255,8 @@ impl Platform for Snp {
         vm: &VmFd,
         _memory: &GuestMemoryMmap,
         pages: &LaunchPages<'_>,
-    ) -> Result<(), LaunchError> {
+    ) -> Result<Option<String>, LaunchError> {
+        let mut change = None;
         let length = pages.pages.saturating_mul(PAGE_SIZE);
         self.private()?.convert(vm, pages.gpa, length, Side::Private, |_| true)?;
         let mut bytes = pages.bytes;
@@ -272,14 +268,14 @@ impl Platform for Snp {
             let (now, later) = bytes.split_at(bytes.len().min(buffer.as_bytes().len()));
             buffer.as_mut_bytes().iter_mut().zip(now).for_each(|(to, from)| *to = *from);
             match (pages.kind, buffer.as_mut_slice()) {
-                (PageKind::SnpCpuid, [page]) => self.update_cpuid(vm, gpa, page)?,
+                (PageKind::SnpCpuid, [page]) => change = self.update_cpuid(vm, gpa, page)?,
                 (kind, buffer) => self.update(vm, gpa, kind, buffer)?,
             }
             bytes = later;
             gpa = gpa.saturating_add(count.saturating_mul(PAGE_SIZE));
             left = left.saturating_sub(count);
         }
-        Ok(())
+        Ok(change)
     }
 
     fn set_context(&mut self, index: u16, context: &VcpuContext<'_>) -> Result<(), LaunchError> {
@@ -299,6 +295,10 @@ impl Platform for Snp {
         }
     }
 
+    fn save_area(&self, index: u16) -> Option<Cow<'_, Vmsa>> {
+        Some(save_area(&self.contexts, index))
+    }
+
     fn set_id_block(&mut self, block: &SnpIdBlock) -> Result<(), LaunchError> {
         let id = (IdBlock::of_image(block, self.policy), IdAuthentication::of_image(block));
         self.id = Some(Box::new(id));
@@ -315,9 +315,9 @@ impl Platform for Snp {
             finish.id_block_en = 1;
             finish.auth_key_en = u8::from(authentication.author_key_algorithm != 0);
         }
-        let reset = Vmsa::reset();
         for (index, _) in (0..).zip(vcpus) {
-            self.digest.add_vmsa(self.contexts.get(&index).unwrap_or(&reset));
+            let save_area = save_area(&self.contexts, index);
+            self.digest.add_vmsa(&save_area);
         }
         let with = if id.is_some() { " with an ID block" } else { "" };
         launch(vm, &self.sev, &mut finish, with)?;
@@ -330,7 +330,6 @@ impl Platform for Snp {
             protected: self.policy & POLICY_DEBUG == 0,
             policy: Some(self.policy),
             digest: Some(self.digest.value()),
-            notes: std::mem::take(&mut self.notes),
         })
     }
 }

@@ -16,6 +16,7 @@ use cofferdam_api::config::DomainConfig;
 use cofferdam_api::server::Reply;
 use cofferdam_api::status::{Event, ExitReason, Identity, Outcome};
 use cofferdam_confidential::image::inspect::hex;
+use cofferdam_confidential::snp::certificates::Certificates;
 use cofferdam_confidential::{ChooseError, Launch, Launched};
 use cofferdam_devices::virtio::vsock::SocketFile;
 use cofferdam_firmware::parameters::Parameters;
@@ -27,6 +28,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::api::{Inbox, RunTime};
 use crate::arch::{self, CpuTemplate, EntryState};
 use crate::board::{Board, Buses, EventLoop};
+use crate::certificates::CertificateRequests;
 use crate::container;
 use crate::control::Control;
 use crate::descriptor::Inherited;
@@ -55,6 +57,7 @@ pub struct Domain {
     control: Arc<Control>,
     clock: Arc<PhaseClock>,
     launched: Launched,
+    certificates: Option<Certificates>,
     window: Option<LoadWindow>,
     board: Board,
     buses: Buses,
@@ -85,6 +88,7 @@ impl Domain {
         let mut resources = Resources::open(config, &mut inherited)?;
         let vsock_file = resources.vsock_file.take();
         let manifest_digest = resources.manifest_digest;
+        let certificates = resources.certificates.take();
         clock.reached("opened");
         let control = Arc::new(Control::new(clock.clone()).map_err(internal("eventfd"))?);
         let mut devices = std::mem::take(&mut resources.metrics);
@@ -94,6 +98,7 @@ impl Domain {
             control,
             clock: clock.clone(),
             launched,
+            certificates,
             window,
             board,
             buses,
@@ -113,20 +118,25 @@ impl Domain {
         metrics: &Arc<Metrics>,
         policies: &Arc<Policies>,
     ) -> Result<Outcome, StartError> {
-        let Self { control, clock, launched, mut window, board, devices, manifest_digest, .. } = self;
+        let Self {
+            control, clock, launched, certificates, mut window, board, devices, manifest_digest, ..
+        } = self;
         let platform = launched.platform();
         let sealed = launched.sealed().clone();
         let protected = sealed.protected;
-        sealed.notes.iter().for_each(|note| warn!("{note}"));
         let mut events = EventLoop::new().map_err(internal("event loop"))?;
         board.register(&mut events);
         if signals.take() > 0 {
             return Err(StartError::Stopped("a signal"));
         }
         let page_state = launched.private.clone().map(|memory| PageState::new(launched.vm.clone(), memory));
+        let certificates = certificates.zip(launched.private.clone()).map(|(certificates, private)| {
+            CertificateRequests::new(certificates, launched.memory.clone(), private)
+        });
         let shared = Shared {
             buses: self.buses,
             page_state,
+            certificates,
             control: control.clone(),
             gate: Gate::default(),
             metrics: devices.vcpus.clone(),
@@ -296,7 +306,9 @@ fn launch(
     clock.reached("vcpus");
 
     for (index, vcpu) in (0..).zip(launch.vcpus()) {
-        arch::set_up(vcpu, index, &mut template, &*entry)?;
+        let measured = launch.save_area(index);
+        let entry = measured.as_deref().map_or(&*entry, |save_area| save_area as &dyn EntryState);
+        arch::set_up(vcpu, index, &mut template, entry)?;
     }
     let shared = launch.private_memory().map(|memory| Arc::new(SharedSide(memory.clone())) as _);
     let (board, buses) =

@@ -44,6 +44,32 @@ pub fn set_hypercall_result(vcpu: &mut VcpuFd, result: u64) {
     }
 }
 
+/// The part of `kvm_run` of `KVM_EXIT_SNP_REQ_CERTS` (Linux `Documentation/virt/kvm/api.rst`).
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct CertificateRequest {
+    /// Guest-physical address of what the guest has set aside for certificates.
+    pub gpa: u64,
+    /// Number of 4 KiB pages of it; for an answer, what it takes.
+    pub pages: u64,
+    /// Errno of the answer.
+    pub result: u64,
+}
+
+/// Number of the exit.
+pub const KVM_EXIT_SNP_REQ_CERTS: u32 = 43;
+
+/// What the guest of `vcpu`, which exited with [`KVM_EXIT_SNP_REQ_CERTS`], asks for.
+pub fn certificate_request(vcpu: &mut VcpuFd) -> Option<&mut CertificateRequest> {
+    let run = vcpu.get_kvm_run();
+    if run.exit_reason != KVM_EXIT_SNP_REQ_CERTS {
+        return None;
+    }
+    let union: *mut CertificateRequest = (&raw mut run.__bindgen_anon_1).cast();
+    // SAFETY: KVM filled this part in with the exit reason; it is smaller than the union, which is aligned for any number.
+    Some(unsafe { &mut *union })
+}
+
 /// What KVM says of an internal error, and where the guest is.
 pub fn internal_error(vcpu: &mut VcpuFd) -> String {
     let place = match vcpu.get_regs() {

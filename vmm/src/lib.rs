@@ -32,6 +32,7 @@ pub mod arch;
 pub mod arguments;
 pub mod board;
 pub mod boot;
+pub mod certificates;
 pub mod container;
 pub mod control;
 pub mod descriptor;

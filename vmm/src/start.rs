@@ -20,6 +20,7 @@ use cofferdam_confidential::choose::Wanted;
 use cofferdam_confidential::digest::id_block::{IdAuthentication, IdBlock};
 use cofferdam_confidential::host::{self, HostError};
 use cofferdam_confidential::snp::SnpOptions;
+use cofferdam_confidential::snp::certificates::{Certificates, CertificatesError};
 use cofferdam_confidential::{ChooseError, LaunchError, Platform, choose};
 use cofferdam_devices::rate_limiter::{RateLimitChange, RateLimitError, RateLimits, TokenBucket};
 use cofferdam_devices::virtio::VirtioDevice;
@@ -55,6 +56,7 @@ const KVM_DEVICE: &str = "/dev/kvm";
 const IMAGE_PATH: &str = "boot-source.image_path";
 const VSOCK_PATH: &str = "vsock.uds_path";
 const SERIAL_PATH: &str = "serial.serial_out_path";
+const CERTIFICATES: &str = "confidential.snp.certs";
 /// Context identifier of a container's guest, if none is configured.
 const CONTAINER_CID: u32 = 3;
 
@@ -116,6 +118,15 @@ pub enum StartError {
         /// What is wrong.
         #[source]
         error: io::Error,
+    },
+    /// There are no certificates for reports of the guest.
+    #[error("{CERTIFICATES}: {}: {source}", path.display())]
+    Certificates {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: CertificatesError,
     },
     /// The image is bad, or not for this domain.
     #[error(transparent)]
@@ -231,6 +242,7 @@ impl StartError {
             | Self::Host(_)
             | Self::Choose(_)
             | Self::Structure { .. }
+            | Self::Certificates { .. }
             | Self::Boot(_)
             | Self::Image(_)
             | Self::Descriptor { .. }
@@ -290,6 +302,8 @@ pub struct Resources {
     pub boot: Boot,
     /// What protects it.
     pub platform: Box<dyn Platform>,
+    /// What its guest is given with its reports.
+    pub certificates: Option<Certificates>,
     /// The drives in their order, so that the first drive is the guest's first disk, then the container's, then vsock.
     pub virtio: Vec<Box<dyn VirtioDevice>>,
     /// Removes the vsock device's socket when it is dropped.
@@ -310,6 +324,7 @@ impl Resources {
         let container = container.transpose()?;
         let digest = container.as_ref().map(|container| container.digest);
         let (boot, platform) = open_boot(&kvm, config, digest, inherited)?;
+        let certificates = open_certificates(&config.confidential, inherited)?;
         let mut virtio: Vec<Box<dyn VirtioDevice>> = Vec::new();
         let mut metrics = DeviceMetrics::default();
         for (index, drive) in config.drives.iter().enumerate() {
@@ -345,7 +360,17 @@ impl Resources {
         }
         // Last: it may create a file, which nothing takes away again.
         let console = open_console(&config.serial, inherited)?;
-        Ok(Self { kvm, boot, platform, virtio, vsock_file, console, metrics, manifest_digest: digest })
+        Ok(Self {
+            kvm,
+            boot,
+            platform,
+            certificates,
+            virtio,
+            vsock_file,
+            console,
+            metrics,
+            manifest_digest: digest,
+        })
     }
 }
 
@@ -397,7 +422,7 @@ fn open_boot(
 
 /// What is asked of the platform, its files read. The digest of a container's manifest is the host's data.
 fn wanted(config: &Confidential, manifest_digest: Option<[u8; 32]>) -> Result<Wanted, StartError> {
-    let SnpConfig { policy, id_block, id_auth } = &config.snp;
+    let SnpConfig { policy, id_block, id_auth, certs } = &config.snp;
     let id = match (id_block, id_auth) {
         (Some(block), Some(authentication)) => Some(Box::new((
             IdBlock::from_bytes(&exact("confidential.snp.id_block", block)?),
@@ -409,7 +434,7 @@ fn wanted(config: &Confidential, manifest_digest: Option<[u8; 32]>) -> Result<Wa
     Ok(Wanted {
         platform: config.platform,
         protected: config.require_protected,
-        snp: SnpOptions { policy: *policy, host_data, id },
+        snp: SnpOptions { policy: *policy, host_data, id, certificates: certs.is_some() },
     })
 }
 
@@ -423,6 +448,22 @@ fn host_data(
         }
         (given, digest) => Ok(digest.or(given.map(|data| data.0))),
     }
+}
+
+/// The certificates for reports of the guest, if there are some.
+fn open_certificates(
+    config: &Confidential,
+    inherited: &mut Inherited,
+) -> Result<Option<Certificates>, StartError> {
+    let Some(path) = &config.snp.certs else { return Ok(None) };
+    let failed = |source| StartError::Certificates { path: path.clone(), source };
+    let file = match source(CERTIFICATES, path)? {
+        // What is no file is seen by its lacking offsets, and must not hold up the start.
+        Source::Path(path) => OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path),
+        Source::Descriptor(fd) => Ok(inherited.readable(fd).map_err(bad_descriptor(CERTIFICATES))?),
+    };
+    let certificates = file.map_err(CertificatesError::from).and_then(Certificates::new);
+    certificates.map(Some).map_err(failed)
 }
 
 /// The content of a file that has exactly `N` bytes.

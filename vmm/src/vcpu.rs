@@ -12,8 +12,9 @@ use kvm_bindings::KVM_SYSTEM_EVENT_SEV_TERM;
 use kvm_ioctls::{HypercallExit, VcpuExit, VcpuFd};
 
 use crate::board::Buses;
+use crate::certificates::CertificateRequests;
 use crate::control::Control;
-use crate::exit;
+use crate::exit::{self, KVM_EXIT_SNP_REQ_CERTS};
 use crate::gate::Gate;
 use crate::kick::{self, Kickable};
 use crate::page_state::PageState;
@@ -34,6 +35,8 @@ group! {
         pub exit_kicked: Counter,
         /// Exits because pages change between the guest's private memory and what it shares
         pub exit_page_state: Counter,
+        /// Exits because the guest wants certificates with its attestation report
+        pub exit_certificates: Counter,
         /// vCPUs that could not go on
         pub failures: Counter,
         /// Time in which reads of a port were served
@@ -55,6 +58,8 @@ pub struct Shared {
     pub buses: Buses,
     /// What serves changes of pages, in a domain that has private ones.
     pub page_state: Option<PageState>,
+    /// What serves requests for certificates, in a domain that has some.
+    pub certificates: Option<CertificateRequests>,
     /// Where the domain's end is reported.
     pub control: Arc<Control>,
     /// Whether vCPUs run.
@@ -132,6 +137,7 @@ fn run(index: usize, mut vcpu: Kickable, shared: &Shared) {
         match run_once(vcpu.vcpu(), shared, &metrics) {
             Ok(Done::Access) => shared.control.guest_acted(),
             Ok(Done::PageState) => {}
+            Ok(Done::Certificates) => vcpu.clear(),
             Err(Stop::Kicked) => {
                 metrics.exit_kicked.count();
                 vcpu.clear();
@@ -151,6 +157,8 @@ enum Done {
     Access,
     /// A change of pages, which a first stage makes too.
     PageState,
+    /// A request for certificates, after which the vCPU looks at the gate.
+    Certificates,
 }
 
 /// Why a vCPU does not go on at once.
@@ -201,6 +209,11 @@ fn run_once(vcpu: &mut VcpuFd, shared: &Shared, metrics: &VcpuMetrics) -> Result
             metrics.exit_page_state.count();
             let served = metrics.exit_page_state_agg.time(|| pages.fault(flags, gpa, size));
             return served.map(|_| Done::PageState).or_else(|error| broken(format!("{place}: {error}")));
+        }
+        Ok(VcpuExit::Unsupported(KVM_EXIT_SNP_REQ_CERTS)) if shared.certificates.is_some() => {
+            metrics.exit_certificates.count();
+            let served = shared.certificates.as_ref().map_or(Ok(()), |requests| requests.serve(vcpu));
+            return served.map(|()| Done::Certificates).or_else(broken);
         }
         Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SEV_TERM, data)) => {
             let request = data.first().copied().unwrap_or(0);

@@ -101,11 +101,18 @@ fn the_line_of_the_issue() {
         "B",
         "--snp-id-auth",
         "A",
+        "--snp-certs",
+        "C",
         "--boot",
         "image",
     ])
     .unwrap();
-    let snp = SnpConfig { policy: Some(0x30000), id_block: Some("B".into()), id_auth: Some("A".into()) };
+    let snp = SnpConfig {
+        policy: Some(0x30000),
+        id_block: Some("B".into()),
+        id_auth: Some("A".into()),
+        certs: Some("C".into()),
+    };
     assert_eq!((&config.confidential.snp, config.confidential.host_data), (&snp, Some(HostData([15; 32]))));
     assert!(!config.confidential.require_protected);
     assert_eq!(config.machine, MachineConfig { vcpu_count: 2, mem_size_mib: 256 });

@@ -9,7 +9,9 @@ use kvm_bindings as kvm;
 use serde::Serialize;
 
 mod io_uring;
+pub mod snp;
 
+use self::snp::SnpStatus;
 use super::{CAPABILITIES, HostError, HostFiles, KvmInterface, open};
 
 /// One thing that a host can do or not.
@@ -57,30 +59,36 @@ pub struct Survey {
     pub platforms: Platforms,
 }
 
-/// `KVM_X86_SNP_VM` and `KVM_X86_TDX_VM` as bits of `KVM_CAP_VM_TYPES`.
-const VM_TYPE_SNP: i32 = 1 << kvm::KVM_X86_SNP_VM;
+/// `KVM_X86_TDX_VM` as a bit of `KVM_CAP_VM_TYPES`.
 const VM_TYPE_TDX: i32 = 1 << kvm::KVM_X86_TDX_VM;
 /// `KVM_MEMORY_ATTRIBUTE_PRIVATE` in `KVM_CAP_MEMORY_ATTRIBUTES`.
 const ATTRIBUTE_PRIVATE: i32 = 1 << 3;
 
+/// What a host answers to what its files do not tell.
+pub struct Answers {
+    /// A ring was made.
+    pub io_uring: io::Result<()>,
+    /// What the secure processor of an AMD host says, if it was asked.
+    pub snp: Option<io::Result<SnpStatus>>,
+}
+
 impl Survey {
-    /// Looks at the host that this process runs on.
-    pub fn of_this_host() -> Self {
+    /// Looks at the host that this process runs on. The secure processor takes all commands by one call: a monitor that runs a
+    /// domain may not make it, and must not want to (`asks_firmware`).
+    pub fn of_this_host(asks_firmware: bool) -> Self {
         let files = HostFiles::default();
         let path = files.path("dev/kvm");
+        let snp = asks_firmware.then(|| snp::ask(&files));
+        let answers = Answers { io_uring: io_uring::ask(), snp };
         match open(&files, &path) {
-            Ok(kvm) => Self::new(&files, Ok(&kvm), io_uring::ask()),
-            Err(error) => Self::new(&files, Err(error), io_uring::ask()),
+            Ok(kvm) => Self::new(&files, Ok(&kvm), answers),
+            Err(error) => Self::new(&files, Err(error), answers),
         }
     }
 
     /// Looks at the host whose files are `files`, whose KVM opened as `kvm` and
-    /// that said `io_uring` when it was asked for one.
-    pub fn new(
-        files: &HostFiles,
-        kvm: Result<&dyn KvmInterface, HostError>,
-        io_uring: io::Result<()>,
-    ) -> Self {
+    /// that gave these answers.
+    pub fn new(files: &HostFiles, kvm: Result<&dyn KvmInterface, HostError>, answers: Answers) -> Self {
         let mut checks = vec![hardware(files)];
         let kvm = match kvm.and_then(|kvm| usable(kvm, files).map(|()| kvm)) {
             Ok(kvm) => {
@@ -105,11 +113,14 @@ impl Survey {
         let plain = checks.iter().skip(1).all(|check| check.ok);
         let private_memory = [guest_memfd(kvm), memory_attributes(kvm)];
         let private = plain && private_memory.iter().all(|check| check.ok);
-        let (snp, tdx, cca) = (snp(files, kvm), tdx(files, kvm), cca());
+        let (snp, tdx, cca) = (snp::snp(files, kvm), tdx(files, kvm), cca());
         let platforms = Platforms { plain, snp: private && snp.ok, tdx: private && tdx.ok, cca: cca.ok };
         checks.push(tsc_scaling(kvm));
         checks.extend(private_memory);
-        checks.extend([snp, tdx, cca, vhost(files), huge_pages(files), io_uring_check(io_uring)]);
+        let details = snp::details(files, kvm, &snp, answers.snp);
+        checks.push(snp);
+        checks.extend(details);
+        checks.extend([tdx, cca, vhost(files), huge_pages(files), io_uring_check(answers.io_uring)]);
         Self { checks, platforms }
     }
 }
@@ -185,37 +196,6 @@ fn memory_attributes(kvm: Option<&dyn KvmInterface>) -> Check {
         "KVM makes no page private (confidential domains need it)",
         "Linux 6.8 or newer on a host with SEV-SNP or TDX",
     )
-}
-
-pub(crate) fn snp(files: &HostFiles, kvm: Option<&dyn KvmInterface>) -> Check {
-    let name = "snp";
-    if extension(kvm, kvm::KVM_CAP_VM_TYPES) & VM_TYPE_SNP != 0 {
-        return match opens(&files.path("dev/sev")) {
-            Ok(()) => Check::yes(name, "KVM makes SEV-SNP guests, and /dev/sev is there"),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Check::no(name, "/dev/sev is missing", "load its module: `sudo modprobe ccp`")
-            }
-            Err(error) => {
-                Check::no(name, format!("/dev/sev: {error}"), files.permission_remedy(&files.path("dev/sev")))
-            }
-        };
-    }
-    if !files.cpu_has("sev_snp") {
-        return Check::no(
-            name,
-            "the CPU shows no sev_snp",
-            "an EPYC 7003 or newer, with SEV-SNP enabled in the firmware set-up and Linux 6.11 or newer",
-        );
-    }
-    let parameter = files.text("sys/module/kvm_amd/parameters/sev_snp");
-    let reason = match parameter.as_str() {
-        "Y" => "kvm_amd has sev_snp=Y, and KVM makes no SEV-SNP guests".to_owned(),
-        "" => "kvm_amd is not loaded".to_owned(),
-        other => format!("kvm_amd has sev_snp={other}"),
-    };
-    let reload = "`sudo modprobe -r kvm_amd && sudo modprobe kvm_amd sev=1 sev_es=1 sev_snp=1`; if that does not \
-                  help, `dmesg | grep -i sev` tells why";
-    Check::no(name, reason, reload)
 }
 
 fn tdx(files: &HostFiles, kvm: Option<&dyn KvmInterface>) -> Check {
@@ -309,12 +289,17 @@ fn opens(path: &Path) -> io::Result<()> {
 mod tests {
     use std::fs;
 
-    use super::super::open_error;
     use super::super::tests::{FakeKvm, host};
+    use super::super::{SevAttribute, open_error};
     use super::*;
 
+    /// Of a host without a secure processor.
+    fn answers(io_uring: io::Result<()>) -> Answers {
+        Answers { io_uring, snp: Some(Err(io::ErrorKind::NotFound.into())) }
+    }
+
     fn survey(files: &HostFiles, kvm: &FakeKvm) -> Survey {
-        Survey::new(files, Ok(kvm), Ok(()))
+        Survey::new(files, Ok(kvm), answers(Ok(())))
     }
 
     fn find<'a>(survey: &'a Survey, name: &str) -> &'a Check {
@@ -331,7 +316,7 @@ mod tests {
     fn every_no_says_what_would_change_it() {
         let (_root, files) = host("");
         let error = open_error(&files, Path::new("/dev/kvm"), io::ErrorKind::NotFound.into());
-        let survey = Survey::new(&files, Err(error), Err(io::ErrorKind::Unsupported.into()));
+        let survey = Survey::new(&files, Err(error), answers(Err(io::ErrorKind::Unsupported.into())));
         assert_eq!(survey.platforms, Platforms::default());
         for check in &survey.checks {
             assert!(!check.ok, "{check:?}");
@@ -388,20 +373,23 @@ mod tests {
         fn extension(&self, capability: u32) -> i32 {
             if capability == kvm::KVM_CAP_MEMORY_ATTRIBUTES { 8 } else { self.0.extension(capability) }
         }
+
+        fn sev_attribute(&self, attribute: SevAttribute) -> Option<u64> {
+            self.0.sev_attribute(attribute)
+        }
     }
 
     #[test]
     fn a_host_with_snp() {
         let (_root, files) = host("svm sev_snp");
-        let kvm = Private(FakeKvm { vm_types: 1 | VM_TYPE_SNP, ..FakeKvm::default() });
-        let look = || Survey::new(&files, Ok(&kvm), Ok(()));
+        let kvm = Private(FakeKvm { vm_types: 1 | snp::VM_TYPE, ..FakeKvm::default() });
+        let look = || Survey::new(&files, Ok(&kvm), answers(Ok(())));
         assert_eq!(find(&look(), "snp").reason, "/dev/sev is missing");
         write(&files, "dev/sev", "");
         assert!(find(&look(), "snp").ok);
         assert_eq!(look().platforms, Platforms { plain: true, snp: true, ..Platforms::default() });
 
-        let without =
-            Survey::new(&files, Ok(&FakeKvm { vm_types: 1 | VM_TYPE_SNP, ..FakeKvm::default() }), Ok(()));
+        let without = survey(&files, &FakeKvm { vm_types: 1 | snp::VM_TYPE, ..FakeKvm::default() });
         assert!(!without.platforms.snp && !find(&without, "memory_attributes").ok);
     }
 
@@ -435,7 +423,8 @@ mod tests {
     #[test]
     fn a_refused_ring_says_how_to_allow_it() {
         let (_root, files) = host("svm");
-        let survey = Survey::new(&files, Ok(&FakeKvm::default()), Err(io::Error::from_raw_os_error(1)));
+        let denied = answers(Err(io::Error::from_raw_os_error(1)));
+        let survey = Survey::new(&files, Ok(&FakeKvm::default()), denied);
         let check = find(&survey, "io_uring");
         assert!(!check.ok && check.remedy.as_ref().is_some_and(|r| r.contains("kernel.io_uring_disabled=0")));
         assert!(survey.platforms.plain);

@@ -33,7 +33,7 @@ pub struct CommandError {
 pub struct FirmwareStatus(pub u32);
 
 /// Statuses by their number.
-const STATUSES: [&str; 0x29] = [
+const STATUSES: [&str; 0x40] = [
     "SUCCESS",
     "INVALID_PLATFORM_STATE",
     "INVALID_GUEST_STATE",
@@ -75,6 +75,29 @@ const STATUSES: [&str; 0x29] = [
     "RMP_INITIALIZATION_FAILED",
     "INVALID_KEY",
     "SHUTDOWN_INCOMPLETE",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "INCORRECT_BUFFER_LENGTH",
+    "EXPAND_BUFFER_LENGTH_REQUEST",
+    "SPDM_REQUEST",
+    "SPDM_ERROR",
+    "",
+    "ERR_IN_DEV_CONN",
+    "INVALID_DEV_CTX",
+    "INVALID_TDI_CTX",
+    "INVALID_TDI",
+    "RECLAIM_REQUIRED",
+    "IN_USE",
+    "INVALID_DEV_STATE",
+    "INVALID_TDI_STATE",
+    "DEV_CERT_CHANGED",
+    "RESYNC_REQ",
+    "RESPONSE_TOO_LARGE",
 ];
 
 impl FirmwareStatus {
@@ -100,6 +123,9 @@ impl fmt::Display for FirmwareStatus {
     }
 }
 
+/// `KVM_SEV_SNP_ENABLE_REQ_CERTS` (Linux `arch/x86/include/uapi/asm/kvm.h`), which has no parameters.
+pub struct EnableCertificateRequests;
+
 /// What a command is called, and the type of its parameters.
 pub trait Command {
     /// Its number among KVM's.
@@ -109,7 +135,7 @@ pub trait Command {
 }
 
 macro_rules! commands {
-    ($($parameters:ident: $id:ident, $name:literal;)*) => {
+    ($($parameters:ident: $id:expr, $name:literal;)*) => {
         $(impl Command for $parameters {
             const ID: u32 = $id;
             const NAME: &str = $name;
@@ -119,6 +145,7 @@ macro_rules! commands {
 
 commands! {
     kvm_sev_init: sev_cmd_id_KVM_SEV_INIT2, "KVM_SEV_INIT2";
+    EnableCertificateRequests: 103, "KVM_SEV_SNP_ENABLE_REQ_CERTS";
     kvm_sev_snp_launch_start: sev_cmd_id_KVM_SEV_SNP_LAUNCH_START, "KVM_SEV_SNP_LAUNCH_START";
     kvm_sev_snp_launch_update: sev_cmd_id_KVM_SEV_SNP_LAUNCH_UPDATE, "KVM_SEV_SNP_LAUNCH_UPDATE";
     kvm_sev_snp_launch_finish: sev_cmd_id_KVM_SEV_SNP_LAUNCH_FINISH, "KVM_SEV_SNP_LAUNCH_FINISH";
@@ -153,6 +180,8 @@ mod tests {
         assert_eq!(words(0x16), "; the secure processor says INVALID_PARAM (0x16)");
         assert_eq!(words(0x27), "; the secure processor says INVALID_KEY (0x27)");
         assert_eq!(words(0x28), "; the secure processor says SHUTDOWN_INCOMPLETE (0x28)");
+        assert_eq!(words(0x30), "; the secure processor says INCORRECT_BUFFER_LENGTH (0x30)");
+        assert_eq!(words(0x3f), "; the secure processor says RESPONSE_TOO_LARGE (0x3f)");
         assert_eq!(words(0x1e), "; the secure processor says 0x1e, which is unknown");
         assert_eq!(words(0x1234), "; the secure processor says 0x1234, which is unknown");
         assert_eq!(words(u32::MAX), "; the secure processor could not be asked");

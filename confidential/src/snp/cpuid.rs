@@ -7,7 +7,10 @@ use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use thiserror::Error;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
+use super::AlignedPage;
+use super::command::FirmwareStatus;
 use crate::digest::Page;
+use crate::platform::LaunchError;
 
 /// Most entries of a page.
 pub const MAX_ENTRIES: usize = 64;
@@ -83,12 +86,9 @@ impl CpuidPage {
         self.as_bytes()
     }
 
-    /// How `other`, which has what the firmware would accept, differs from this page; one clause per value.
-    pub fn differences(&self, other: &Self) -> String {
+    /// How `other`, which has what the firmware would accept, differs from this page, if it does; one clause per value.
+    pub fn differences(&self, other: &Self) -> Option<String> {
         let mut text = String::new();
-        if self.count != other.count {
-            text.push_str(&format!("number of entries: {} given, {} accepted; ", self.count, other.count));
-        }
         for (given, accepted) in self.entries.iter().zip(&other.entries) {
             let (leaf, subleaf) = (given.eax_in, given.ecx_in);
             let values = [
@@ -105,10 +105,7 @@ impl CpuidPage {
                 }
             }
         }
-        match text.strip_suffix("; ") {
-            Some(text) => text.to_owned(),
-            None => "it does not say which entry".to_owned(),
-        }
+        text.strip_suffix("; ").map(str::to_owned)
     }
 }
 
@@ -116,6 +113,36 @@ impl From<&Page> for CpuidPage {
     fn from(page: &Page) -> Self {
         zerocopy::transmute!(*page)
     }
+}
+
+/// Hands the page for `gpa` over by `command`. Where the firmware takes some value from no host, it leaves the page with one that it
+/// would take, and gets that, once. Returns what it wanted changed, in words.
+pub(super) fn hand_over(
+    gpa: u64,
+    page: &mut AlignedPage,
+    mut command: impl FnMut(&mut AlignedPage) -> Result<(), LaunchError>,
+) -> Result<Option<String>, LaunchError> {
+    let given = CpuidPage::from(&page.0);
+    let refused = match command(page) {
+        Err(error) if is_invalid_parameter(&error) => error,
+        other => return other.map(|()| None),
+    };
+    let accepted = CpuidPage::from(&page.0);
+    // Of what it finds wrong in the page as a whole it leaves nothing.
+    let Some(first) = given.differences(&accepted) else { return Err(refused) };
+    match command(page) {
+        Ok(()) => Ok(Some(format!("the secure processor changed the CPUID page at {gpa:#x}: {first}"))),
+        Err(error) if is_invalid_parameter(&error) => {
+            let second = accepted.differences(&CpuidPage::from(&page.0));
+            let second = second.unwrap_or_else(|| "it does not say why".to_owned());
+            Err(LaunchError::Cpuid { gpa, first, second })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn is_invalid_parameter(error: &LaunchError) -> bool {
+    matches!(error, LaunchError::Command { source, .. } if source.firmware == FirmwareStatus::INVALID_PARAM)
 }
 
 fn entry(from: &kvm_cpuid_entry2) -> CpuidEntry {
@@ -154,6 +181,7 @@ fn entry(from: &kvm_cpuid_entry2) -> CpuidEntry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snp::command::CommandError;
 
     fn leaf(function: u32, index: u32, value: u32) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 {
@@ -212,13 +240,68 @@ mod tests {
     fn what_is_refused_is_shown_with_what_is_accepted() {
         let given = CpuidPage::new(&[leaf(1, 0, 6), leaf(0x8000_0008, 0, 3)]).unwrap();
         let mut accepted = given.clone();
-        assert_eq!(given.differences(&accepted), "it does not say which entry");
+        assert_eq!(given.differences(&accepted), None);
         accepted.entries[1].ebx = 1;
         accepted.entries[0].edx = 0;
         assert_eq!(
-            given.differences(&accepted),
+            given.differences(&accepted).unwrap(),
             "leaf 0x1, subleaf 0x0, EDX: 0x6 given, 0x0 accepted; \
              leaf 0x80000008, subleaf 0x0, EBX: 0x3 given, 0x1 accepted"
         );
+    }
+
+    /// A firmware that takes for leaf 4, EAX, none of `refused`, and has the next of them accepted, as it says.
+    fn handed_over(refused: &[u32]) -> (Result<Option<String>, String>, u32) {
+        let mut page = AlignedPage([0; PAGE_SIZE as usize]);
+        page.0 = zerocopy::transmute!(CpuidPage::new(&[leaf(4, 0, 9)]).unwrap());
+        let mut given = 0;
+        let done = hand_over(0x7000, &mut page, |page| {
+            given += 1;
+            let mut table = CpuidPage::from(&page.0);
+            let Some(at) = refused.iter().position(|value| *value == table.entries[0].eax) else {
+                return Ok(());
+            };
+            table.entries[0].eax = refused.get(at + 1).copied().unwrap_or(0);
+            page.0 = zerocopy::transmute!(table);
+            let source =
+                CommandError { error: kvm_ioctls::Error::new(libc::EIO), firmware: FirmwareStatus(0x16) };
+            Err(LaunchError::Command { command: "UPDATE", at: String::new(), source })
+        });
+        (done.map_err(|error| error.to_string()), given)
+    }
+
+    #[test]
+    fn what_the_firmware_would_take_it_is_given_once() {
+        assert_eq!(handed_over(&[]), (Ok(None), 1));
+        let change = "the secure processor changed the CPUID page at 0x7000: leaf 0x4, subleaf 0x0, EAX: 0x9 given, 0x0 accepted";
+        assert_eq!(handed_over(&[9]), (Ok(Some(change.to_owned())), 2));
+        let twice = "the secure processor refuses the CPUID page at 0x7000 twice: leaf 0x4, subleaf 0x0, EAX: 0x9 given, \
+                     0x8 accepted; and then: leaf 0x4, subleaf 0x0, EAX: 0x8 given, 0x7 accepted";
+        assert_eq!(handed_over(&[9, 8, 7]), (Err(twice.to_owned()), 2));
+        let silent = handed_over(&[9, 8, 8]);
+        assert_eq!(silent.1, 2);
+        assert!(silent.0.unwrap_err().ends_with("; and then: it does not say why"));
+        // Nothing to give instead.
+        let refused = (
+            Err("UPDATE: Input/output error (os error 5); the secure processor says INVALID_PARAM (0x16)"
+                .to_owned()),
+            1,
+        );
+        assert_eq!(handed_over(&[9, 9]), refused);
+    }
+
+    #[test]
+    fn other_refusals_are_final() {
+        let mut page = AlignedPage([0; PAGE_SIZE as usize]);
+        let mut given = 0;
+        let done = hand_over(0, &mut page, |page| {
+            given += 1;
+            page.0[16] = 1;
+            let source =
+                CommandError { error: kvm_ioctls::Error::new(libc::EIO), firmware: FirmwareStatus(0x1a) };
+            Err(LaunchError::Command { command: "UPDATE", at: String::new(), source })
+        });
+        assert!(done.unwrap_err().to_string().contains("INVALID_PAGE_STATE"));
+        assert_eq!(given, 1);
     }
 }

@@ -63,6 +63,9 @@ enum Command {
     SnpReport {
         /// What it shall confirm: up to 64 bytes, in hexadecimal digits
         data: String,
+        /// Print the certificates, too, that the host has for it
+        #[arg(long)]
+        certificates: bool,
     },
     /// Wait until the power button is pressed
     WaitButton {
@@ -105,7 +108,16 @@ fn main() -> ExitCode {
         Command::Storm { port, count } => storm(port, count),
         Command::Zero { device, offset, length } => zero(&device, offset, length),
         Command::Port { port, value } => write_port(port, value),
-        Command::SnpReport { data } => snp::report(&data).map(|report| println!("report {report}")),
+        Command::SnpReport { data, certificates: false } => {
+            snp::report(&data).map(|report| println!("report {report}"))
+        }
+        Command::SnpReport { data, certificates: true } => {
+            let tell = |length| println!("guest: certificates take {length} bytes");
+            snp::extended_report(&data, tell).map(|(report, certificates)| {
+                println!("report {report}");
+                println!("certificates {certificates}");
+            })
+        }
         Command::WaitButton { device } => wait_for_button(File::open(device)),
     };
     match done {

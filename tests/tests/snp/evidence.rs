@@ -13,17 +13,22 @@ use xtask::rig;
 
 use crate::domain::{ACTIVE, Domain, hex, signed, succeeded};
 
-/// The certificates that vouch for the host's secure processor.
-fn chain() -> Chain {
+/// One of the certificates that vouch for the host's secure processor.
+pub fn certificate(name: &str) -> Vec<u8> {
     let folder = env::var_os(rig::CERTIFICATES).map(PathBuf::from);
     let folder =
         folder.expect("COFFERDAM_SNP_CERTIFICATES names a folder with ark.pem, ask.pem and vcek.pem");
-    let file = |name| fs::read(folder.join(name)).unwrap();
-    Chain::from_pem(&file("ark.pem"), &file("ask.pem"), &file("vcek.pem")).unwrap()
+    fs::read(folder.join(name)).unwrap()
+}
+
+/// All of them.
+fn chain() -> Chain {
+    let of = |name| certificate(&format!("{name}.pem"));
+    Chain::from_pem(&of("ark"), &of("ask"), &of("vcek")).unwrap()
 }
 
 /// The report on a guest's console.
-fn report(console: &str) -> AttestationReport {
+pub fn report(console: &str) -> AttestationReport {
     let line = console.lines().find_map(|line| line.trim().strip_prefix("report ")).unwrap();
     let bytes: Vec<u8> =
         (0..line.len()).step_by(2).map(|at| u8::from_str_radix(&line[at..at + 2], 16).unwrap()).collect();

@@ -3,11 +3,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 
 mod boot;
+mod certificates;
 mod devices;
 mod domain;
 mod evidence;
 mod host;
 mod hostile;
+mod jail;
 mod memory;
 mod peer;
+mod refusals;
 mod tampering;

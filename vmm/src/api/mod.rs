@@ -182,9 +182,9 @@ fn instance(id: &str, state: VmState) -> VmmData {
     })
 }
 
-/// What the host can do.
-fn survey() -> ActionResult {
-    let survey = serde_json::to_value(Survey::of_this_host());
+/// What the host can do; before a domain runs, with what the secure processor says.
+fn survey(before_start: bool) -> ActionResult {
+    let survey = serde_json::to_value(Survey::of_this_host(before_start));
     survey.map(VmmData::Host).map_err(|error| ActionError::Failed(format!("the host: {error}")))
 }
 

@@ -151,7 +151,7 @@ impl PreBoot {
             VmmAction::GetConfig => Ok(VmmData::Config(Box::new(self.draft.clone()))),
             VmmAction::GetMachine => Ok(VmmData::Machine(self.draft.machine().clone())),
             VmmAction::GetStatus => Ok(VmmData::Status(Box::new(self.status()))),
-            VmmAction::GetHost => survey(),
+            VmmAction::GetHost => survey(true),
             VmmAction::GetMetrics => Ok(VmmData::Metrics(self.observer.metrics.prometheus())),
         })
     }

@@ -97,7 +97,7 @@ impl RunTime {
             VmmAction::GetConfig => Ok(VmmData::Config(Box::new(self.config.clone()))),
             VmmAction::GetMachine => Ok(VmmData::Machine(self.config.machine().clone())),
             VmmAction::GetStatus => Ok(VmmData::Status(Box::new(self.status()))),
-            VmmAction::GetHost => survey(),
+            VmmAction::GetHost => survey(false),
             VmmAction::GetMetrics => Ok(VmmData::Metrics(self.metrics.prometheus())),
         })
     }

@@ -167,6 +167,7 @@ fn run_time() -> RunTime {
     let shared = Shared {
         buses: Buses::default(),
         page_state: None,
+        certificates: None,
         control: control.clone(),
         gate: Gate::default(),
         metrics: Vec::new(),

@@ -10,7 +10,7 @@ use std::ops::Range;
 use cofferdam_confidential::MemorySlot;
 use cofferdam_confidential::image::importer::{
     Content, ImagePlatform, Importer, Item, PageKind, PageRun, Parameter, ParameterArea, ParameterKind,
-    PlatformInfo,
+    PlatformInfo, VcpuContext,
 };
 use cofferdam_confidential::launch::{Launch, Populated};
 use cofferdam_confidential::platform::LaunchPages;
@@ -20,10 +20,11 @@ use cofferdam_firmware::layout::{
     GAP_END, LOAD_WINDOW, LOAD_WINDOW_SIZE, LOCAL_APIC, MIB, PAGE_SIZE, PARAMETER_PAGE, ram_ranges,
 };
 use cofferdam_firmware::parameters::Parameters;
+use tracing::warn;
 use vm_memory::{Bytes, GuestAddress, MmapRegion, VolatileMemory};
 
 use super::error::ImportError;
-use super::registers::ImageVcpus;
+use super::registers::NativeVcpus;
 use crate::arch::CpuTemplate;
 use crate::boot::file::ImageFile;
 
@@ -42,8 +43,8 @@ pub(super) struct Import {
     pub(super) slots: Vec<MemorySlot>,
     /// What is behind those slots that are not on a mapped file.
     pub(super) copies: Vec<MmapRegion>,
-    /// How the vCPUs begin.
-    pub(super) vcpus: ImageVcpus,
+    /// How the vCPUs begin, where the platform does not say.
+    pub(super) vcpus: NativeVcpus,
 }
 
 /// The domain.
@@ -80,11 +81,7 @@ impl<'m> LiveImporter<'m> {
         file: Option<&'m ImageFile>,
         parameters: Option<&'m Parameters>,
     ) -> Self {
-        let vcpus = match launch.image_platform() {
-            ImagePlatform::Snp => ImageVcpus::Snp(Default::default()),
-            _ => ImageVcpus::Native(None),
-        };
-        let import = Import { slots: Vec::new(), copies: Vec::new(), vcpus };
+        let import = Import { slots: Vec::new(), copies: Vec::new(), vcpus: NativeVcpus::default() };
         Self { launch, machine, cpuid, mapped, file, parameters, import }
     }
 
@@ -189,7 +186,14 @@ impl<'m> LiveImporter<'m> {
                 &content
             }
         };
-        Ok(self.launch.load(&LaunchPages { kind, gpa, pages, bytes })?)
+        self.hand_over(&LaunchPages { kind, gpa, pages, bytes })
+    }
+
+    fn hand_over(&mut self, pages: &LaunchPages<'_>) -> Result<(), ImportError> {
+        if let Some(change) = self.launch.load(pages)? {
+            warn!("{change}");
+        }
+        Ok(())
     }
 
     fn cpuid_page(&mut self) -> Result<CpuidPage, ImportError> {
@@ -210,7 +214,7 @@ impl<'m> LiveImporter<'m> {
             self.parameter(area, parameter, &mut bytes)?;
         }
         let (kind, pages) = (PageKind::Unmeasured, area.pages);
-        Ok(self.launch.load(&LaunchPages { kind, gpa, pages, bytes: &bytes })?)
+        self.hand_over(&LaunchPages { kind, gpa, pages, bytes: &bytes })
     }
 
     /// Adds a value that IGVM defines to the bytes of its area.
@@ -272,11 +276,14 @@ impl<'a> Importer<'a> for LiveImporter<'_> {
             Item::Parameters(area) => self.parameter_area(area),
             Item::Vcpu { index, context } => {
                 self.launch.set_context(*index, context)?;
-                let vcpu = u8::try_from(*index).ok().filter(|vcpu| *vcpu < self.machine.vcpus);
-                if !vcpu.is_some_and(|vcpu| self.import.vcpus.set(vcpu, context)) {
-                    return Err(ImportError::Vcpu(*index));
+                let is_there = *index < u16::from(self.machine.vcpus);
+                match context {
+                    VcpuContext::NativeX64(context) if !self.import.vcpus.set(*index, context) => {
+                        Err(ImportError::Vcpu(*index))
+                    }
+                    _ if !is_there => Err(ImportError::Vcpu(*index)),
+                    _ => Ok(()),
                 }
-                Ok(())
             }
             Item::RequiredMemory { gpa, length } if !self.is_ram(*gpa, *length) => {
                 Err(self.no_memory(*gpa, *length))

@@ -40,7 +40,7 @@ use std::sync::Arc;
 
 pub use self::error::{ImageError, ImportError};
 pub use self::file_hash::FileHash;
-pub use self::registers::ImageVcpus;
+pub use self::registers::NativeVcpus;
 pub use self::window::LoadWindow;
 
 use self::live::{Import, LiveImporter, Machine};
@@ -162,13 +162,13 @@ impl Image {
     }
 
     /// Puts the image into the fresh memory of `launch`: what of it lies outside RAM is in the window then, and the vCPUs,
-    /// to which CPUID says `cpuid`, begin as is returned.
+    /// to which CPUID says `cpuid`, begin as is returned, unless the platform says how.
     pub fn import(
         self,
         launch: &mut Launch<Populated>,
         cpuid: &mut CpuTemplate,
         parameters: &Parameters,
-    ) -> Result<(LoadWindow, ImageVcpus), StartError> {
+    ) -> Result<(LoadWindow, NativeVcpus), StartError> {
         let ours = self.manifest.is_some().then_some(parameters);
         let mapped = self.mapped();
         let file = match &self.source {

@@ -1,64 +1,51 @@
 //! The registers of vCPUs as an image gives them.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
-
 use cofferdam_confidential::digest::vmsa::{self, Vmsa};
-use cofferdam_confidential::image::importer::{DescriptorTable, NativeContext, Segment, VcpuContext};
+use cofferdam_confidential::image::importer::{DescriptorTable, NativeContext, Segment};
 use cofferdam_confidential::snp;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 
 use crate::arch::EntryState;
 
-/// How the vCPUs of an image begin.
-#[derive(Clone, Debug)]
-pub enum ImageVcpus {
-    /// The first one at the processor's reset vector or as the image says, the others as KVM resets them.
-    Native(Option<Box<NativeContext>>),
-    /// By index, as the image says; those of which it says nothing in the state of [`Vmsa::reset`]. All are measured, so all
-    /// are set.
-    Snp(BTreeMap<u8, Box<Vmsa>>),
-}
+/// How the vCPUs of an image for plain machines begin: the first one at the processor's reset vector or as the image says, the
+/// others as KVM resets them.
+#[derive(Clone, Debug, Default)]
+pub struct NativeVcpus(Option<Box<NativeContext>>);
 
-impl ImageVcpus {
+impl NativeVcpus {
     /// Takes an image's registers for a vCPU, if it can have some and has none yet.
-    pub(super) fn set(&mut self, index: u8, context: &VcpuContext<'_>) -> bool {
-        match (self, context) {
-            (Self::Native(first), VcpuContext::NativeX64(context)) if index == 0 && first.is_none() => {
-                *first = Some(context.clone());
-                true
-            }
-            (Self::Snp(vcpus), VcpuContext::SnpVmsa { vmsa, .. }) => {
-                vcpus.insert(index, Box::new(Vmsa::from_page(vmsa))).is_none()
-            }
-            _ => false,
+    pub(super) fn set(&mut self, index: u16, context: &NativeContext) -> bool {
+        let takes = index == 0 && self.0.is_none();
+        if takes {
+            self.0 = Some(Box::new(*context));
         }
+        takes
     }
 }
 
-impl EntryState for ImageVcpus {
-    fn is_set(&self, index: u8) -> bool {
-        index == 0 || matches!(self, Self::Snp(_))
+impl EntryState for NativeVcpus {
+    fn regs(&self, _index: u8) -> Option<kvm_regs> {
+        self.0.as_deref().map(native_regs)
     }
 
-    fn regs(&self, index: u8) -> Option<kvm_regs> {
-        match self {
-            Self::Native(context) => context.as_deref().map(native_regs),
-            Self::Snp(vcpus) => Some(snp::registers::regs(&save_area(vcpus, index))),
-        }
-    }
-
-    fn sregs(&self, index: u8, base: kvm_sregs) -> kvm_sregs {
-        match self {
-            Self::Native(None) => base,
-            Self::Native(Some(context)) => native_sregs(context, base),
-            Self::Snp(vcpus) => snp::registers::sregs(&save_area(vcpus, index), &base),
-        }
+    fn sregs(&self, _index: u8, base: kvm_sregs) -> kvm_sregs {
+        self.0.as_deref().map_or(base, |context| native_sregs(context, base))
     }
 }
 
-fn save_area(vcpus: &BTreeMap<u8, Box<Vmsa>>, index: u8) -> Cow<'_, Vmsa> {
-    vcpus.get(&index).map_or_else(|| Cow::Owned(Vmsa::reset()), |vmsa| Cow::Borrowed(&**vmsa))
+/// A vCPU that begins with what the platform measures.
+impl EntryState for Vmsa {
+    fn is_set(&self, _index: u8) -> bool {
+        true
+    }
+
+    fn regs(&self, _index: u8) -> Option<kvm_regs> {
+        Some(snp::registers::regs(self))
+    }
+
+    fn sregs(&self, _index: u8, base: kvm_sregs) -> kvm_sregs {
+        snp::registers::sregs(self, &base)
+    }
 }
 
 fn native_regs(context: &NativeContext) -> kvm_regs {
@@ -116,13 +103,12 @@ mod tests {
 
     #[test]
     fn without_registers_a_vcpu_is_as_it_was_reset() {
-        let mut vcpus = ImageVcpus::Native(None);
+        let mut vcpus = NativeVcpus::default();
         assert_eq!(vcpus.regs(0), None);
-        let context = |context| VcpuContext::NativeX64(Box::new(context));
-        let first = context(NativeContext { rip: 0x1_0000, gs_base: 5, ..NativeContext::default() });
+        let first = NativeContext { rip: 0x1_0000, gs_base: 5, ..NativeContext::default() };
         assert!(!vcpus.set(1, &first), "only the first one has some");
         assert!(vcpus.set(0, &first));
-        assert!(!vcpus.set(0, &context(NativeContext::default())), "the first ones stay");
+        assert!(!vcpus.set(0, &NativeContext::default()), "the first ones stay");
         assert_eq!(vcpus.regs(0), Some(kvm_regs { rip: 0x1_0000, ..kvm_regs::default() }));
         let base = kvm_sregs { apic_base: 0xfee0_0900, ..kvm_sregs::default() };
         let sregs = vcpus.sregs(0, base);
@@ -132,18 +118,11 @@ mod tests {
 
     #[test]
     fn all_vcpus_of_an_snp_domain_are_set() {
-        let mut vcpus = ImageVcpus::Snp(BTreeMap::new());
-        let mut vmsa = [0; 4096];
-        vmsa[0x178..0x17c].copy_from_slice(&0x1_0000_u32.to_le_bytes());
-        vmsa[0x310] = 3;
-        let context = VcpuContext::SnpVmsa { gpa: 0, vmsa: &vmsa };
-        assert!(vcpus.set(0, &context) && !vcpus.set(0, &context));
-        assert!(!vcpus.set(1, &VcpuContext::NativeX64(Box::default())));
-        let (first, second) = (vcpus.regs(0).unwrap(), vcpus.regs(1).unwrap());
-        assert_eq!((first.rip, first.rdx, first.r9), (0x1_0000, 3, 0));
-        assert_eq!((second.rip, second.rdx, second.r9), (0xfff0, 0, 0));
+        let reset = Vmsa::reset();
+        assert!(reset.is_set(0) && reset.is_set(31));
+        let regs = reset.regs(1).unwrap();
+        assert_eq!((regs.rip, regs.rdx, regs.r9), (0xfff0, 0, 0));
         let base = kvm_sregs { cr4: 1, ..kvm_sregs::default() };
-        assert_eq!((vcpus.sregs(1, base).cs.selector, vcpus.sregs(1, base).cr4), (0xf000, 0));
-        assert!(vcpus.is_set(31));
+        assert_eq!((reset.sregs(1, base).cs.selector, reset.sregs(1, base).cr4), (0xf000, 0));
     }
 }

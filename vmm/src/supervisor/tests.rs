@@ -48,6 +48,7 @@ impl Domain {
         let shared = Arc::new(Shared {
             buses: Buses::default(),
             page_state: None,
+            certificates: None,
             control: control.clone(),
             gate: Gate::default(),
             metrics: Vec::new(),

@@ -59,6 +59,7 @@ impl Guest {
         let shared = Shared {
             buses,
             page_state: None,
+            certificates: None,
             control: control.clone(),
             gate: Gate::default(),
             metrics: Vec::new(),
