@@ -56,6 +56,12 @@ impl Run {
         self
     }
 
+    /// Adds `--NAME`.
+    pub fn flag(mut self, name: &str) -> Self {
+        self.arguments.push(format!("--{name}").into());
+        self
+    }
+
     /// Runs it to its end, without input.
     pub fn finish(self) -> Finished {
         let mut running = self.start();

@@ -63,5 +63,5 @@ fn other_kernels_boot() {
 #[test]
 fn auto_takes_snp() {
     let domain = Domain::new("test=hello");
-    succeeded(&Run::image(&domain.image).with("memory", "256M").finish());
+    succeeded(&Run::image(&domain.image).with("memory", "256M").flag("require-protected").finish());
 }
