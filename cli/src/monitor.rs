@@ -1,7 +1,8 @@
 //! The monitor as a child process.
 //!
 //! It gets its configuration in a memfd, serves its API on a socket and reports on a pipe, all inherited
-//! by number, and with them the lock of its entry in the run directory, which it knows nothing of. It stands in a process group of its own: a Ctrl-C on a terminal
+//! by number. With them it gets its entry in the run directory, to be removed at its end if the command line is gone
+//! by then, and the entry's lock, which it knows nothing of. It stands in a process group of its own: a Ctrl-C on a terminal
 //! is for the command line, which passes it on as a request to stop.
 //!
 //! When the command line dies, kill -9 included, the kernel closes the reading
@@ -40,6 +41,8 @@ pub struct Launch<'a> {
     pub start_time_us: u64,
     /// Where its API is asked.
     pub api: UnixListener,
+    /// Its entry in the run directory.
+    pub entry: BorrowedFd<'a>,
     /// What it inherits beside that: the lock that it holds while it lives, and what its configuration names.
     pub inherited: &'a [BorrowedFd<'a>],
     /// Its standard input.
@@ -81,7 +84,8 @@ impl Monitor {
         let config = config_file(launch.config)?;
         let (status, status_writer) = pipe_with(PipeFlags::CLOEXEC)?;
         set_nonblocking(&status)?;
-        for inherited in [status_writer.as_fd(), launch.api.as_fd()].iter().chain(launch.inherited) {
+        let own = [status_writer.as_fd(), launch.api.as_fd(), launch.entry];
+        for inherited in own.iter().chain(launch.inherited) {
             fcntl_setfd(inherited, FdFlags::empty())?;
         }
         let mut child = Command::new(program)
@@ -89,6 +93,8 @@ impl Monitor {
             .arg(format!("fd:{}", config.as_raw_fd()))
             .arg("--status-file")
             .arg(format!("fd:{}", status_writer.as_raw_fd()))
+            .arg("--run-entry")
+            .arg(format!("fd:{}", launch.entry.as_raw_fd()))
             .args(["--id", launch.id, "--level", "Warning", "--show-level"])
             .arg("--start-time-us")
             .arg(launch.start_time_us.to_string())

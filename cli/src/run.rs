@@ -125,6 +125,7 @@ fn execute(
         id,
         start_time_us,
         api: entry.listen().map_err(words)?,
+        entry: entry.entry().dir.as_fd(),
         inherited: &inherited,
         stdin: match input {
             Input::Terminal => Stdio::piped(),

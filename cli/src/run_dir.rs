@@ -13,7 +13,8 @@
 //!
 //! The command and the monitor share one open file description of `ID/lock`, so the kernel drops the lock with the
 //! last of the two, however they end. An entry is live while its lock is held. The command removes its entry when
-//! the monitor has ended. If the command was killed, what it left is removed by the next command that looks, and shown by none.
+//! the monitor has ended. If the command was killed, the monitor does so at its end. If both were, what they left is removed by
+//! the next command that looks, and shown by none.
 //!
 //! All that looks at locks or changes entries holds `.lock`, for microseconds. So of two starts with one id the
 //! second finds the first one's lock, and nobody takes an entry that is being made for one that was left.

@@ -470,6 +470,7 @@ mod tests {
             id: "d",
             start_time_us: 0,
             api: UnixListener::bind(folder.path().join("api")).unwrap(),
+            entry: File::open(folder.path()).unwrap().as_fd(),
             inherited: &[File::open("/dev/null").unwrap().as_fd()],
             stdin: Stdio::null(),
             stdout: Stdio::null(),

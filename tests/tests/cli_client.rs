@@ -346,8 +346,8 @@ fn kill_9_leaves_nothing_that_is_shown() {
     assert_eq!(host.ids(), ["d"]);
     assert!(stderr(&host.run("hello", "d", &[]).output().unwrap()).contains("is there already"));
     eventually("the monitor ends", || test_kill_process(monitor).is_err());
+    assert_eq!(host.entries(), [""; 0], "the monitor has removed it");
     assert_eq!(host.ids(), [""; 0]);
-    assert_eq!(host.entries(), [""; 0], "ps has removed it");
 
     // Both, and the next start takes the place.
     for next_is_a_start in [false, true] {

@@ -13,7 +13,7 @@
 //! | [`api`] | what clients of the REST API may do, before the start and after it |
 //! | [`observer`], [`logger`], [`metrics`], [`lines`] | what is said, counted and timed, and the files that it goes to |
 //! | [`seccomp`] | what the kernel lets each thread ask of it |
-//! | [`arguments`], [`phases`], [`status`], [`signals`], [`descriptor`] | the world around the monitor |
+//! | [`arguments`], [`phases`], [`status`], [`run_entry`], [`signals`], [`descriptor`] | the world around the monitor |
 
 // Nothing that a guest, a file or a client chooses may panic the monitor. (`unwrap` and its like are the workspace's.)
 #![cfg_attr(
@@ -48,6 +48,7 @@ pub mod metrics;
 pub mod observer;
 pub mod page_state;
 pub mod phases;
+pub mod run_entry;
 pub mod seccomp;
 pub mod signals;
 pub mod start;

@@ -12,7 +12,7 @@
 )]
 
 use std::env;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::process::{self, ExitCode};
 use std::sync::Arc;
 
@@ -29,6 +29,7 @@ use cofferdam_vmm::logger::Logger;
 use cofferdam_vmm::metrics::Metrics;
 use cofferdam_vmm::observer::Observer;
 use cofferdam_vmm::phases::PhaseClock;
+use cofferdam_vmm::run_entry::RunEntry;
 use cofferdam_vmm::seccomp::{Policies, violation};
 use cofferdam_vmm::signals::StopSignals;
 use cofferdam_vmm::start::StartError;
@@ -64,6 +65,13 @@ fn main() -> ExitCode {
             return ExitCode::from(ExitReason::Config.process_exit_code(None));
         }
     };
+    let entry = match arguments.run_entry.as_ref().map(RunEntry::open).transpose() {
+        Ok(entry) => entry,
+        Err(error) => {
+            tracing::error!("--run-entry: {error}");
+            return ExitCode::from(ExitReason::Config.process_exit_code(None));
+        }
+    };
     let mut api = None;
     let outcome = run(&arguments, &clock, &observer, &mut status, &mut api);
     match outcome.exit_reason {
@@ -76,11 +84,20 @@ fn main() -> ExitCode {
     // A failure is logged and counted.
     let _ = observer.metrics.flush();
     let code = outcome.process_exit_code();
-    if let Err(error) = status.write(&Event::Stopped(outcome.clone())) {
+    let told = status.write(&Event::Stopped(outcome.clone()));
+    if let Err(error) = &told {
         tracing::warn!("--status-file: {error}");
     }
+    let unread = told.is_err_and(|error| error.kind() == ErrorKind::BrokenPipe);
     if let Some(api) = api {
         api.finish(outcome);
+    }
+    // Whoever made the entry is gone.
+    if unread
+        && let Some(entry) = entry
+        && let Err(error) = entry.remove(&arguments.id)
+    {
+        tracing::warn!("--run-entry: {error}");
     }
     observer.logger.finish();
     ExitCode::from(code)

@@ -55,6 +55,10 @@ pub struct Arguments {
     /// pipe and its reader goes away, the domain's power button is pressed as for a signal
     #[arg(long, value_name = "FILE")]
     pub status_file: Option<Source>,
+    /// The domain's entry in a run directory, named as --id says: a path, or fd:N. It is removed at the end if
+    /// nobody reads --status-file any more
+    #[arg(long, value_name = "DIR")]
+    pub run_entry: Option<Source>,
     /// Name of the domain, for messages
     #[arg(long, default_value = DEFAULT_ID)]
     pub id: String,

@@ -34,6 +34,7 @@ pub(super) fn read(words: impl IntoIterator<Item = OsString>) -> Option<Argument
                     "--http-api-max-payload-size" => set(&mut max_payload, &text)?,
                     "--seccomp-filter" => set(&mut read.seccomp_filter, &text)?,
                     "--status-file" => set(&mut read.status_file, &text)?,
+                    "--run-entry" => set(&mut read.run_entry, &text)?,
                     "--id" => set(&mut id, &text)?,
                     "--start-time-us" => set(&mut read.start_time_us, &text)?,
                     "--log-path" => set(&mut read.log_path, &text)?,
