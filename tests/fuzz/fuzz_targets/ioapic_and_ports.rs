@@ -73,6 +73,9 @@ impl GuestRequests for Requests {
     fn refused(&self, _reason: u8) {
         self.0.fetch_add(1, Ordering::SeqCst);
     }
+    fn step(&self, _report: u32) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 const PORTS: [(u16, u64); 6] = [
