@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use cofferdam_api::config::DEFAULT_COMMAND_LINE;
 use cofferdam_container_manifest::{
@@ -28,8 +29,11 @@ struct Shared {
     layers: Vec<(Layer, PathBuf)>,
 }
 
+/// How long anything may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(240);
+
 /// Names of busybox in the lowest layer.
-const APPLETS: [&str; 40] = [
+const APPLETS: [&str; 43] = [
     "sh",
     "cat",
     "chmod",
@@ -66,7 +70,10 @@ const APPLETS: [&str; 40] = [
     "stat",
     "stty",
     "sync",
+    "tail",
     "touch",
+    "tr",
+    "tty",
     "true",
     "umount",
     "wc",
@@ -106,6 +113,9 @@ fn shared() -> &'static Shared {
                 .and_then(|()| fs::write(layer.join(name), text))
                 .expect("it can be written");
         };
+        let tmp = lowest.join("tmp");
+        fs::create_dir(&tmp).expect("it can be made");
+        fs::set_permissions(&tmp, fs::Permissions::from_mode(0o1777)).expect("it can be changed");
         text(&lowest, "which", "lowest\n");
         text(&middle, "which", "middle\n");
         text(&highest, "which", "highest\n");
@@ -157,6 +167,8 @@ pub struct Container {
     pub manifest_drive: Option<Vec<u8>>,
     /// What the host sends to standard input.
     pub stdin: Vec<u8>,
+    /// The platform that its domain is for.
+    pub platform: &'static str,
 }
 
 impl Container {
@@ -205,6 +217,7 @@ impl Container {
             drives,
             manifest_drive: None,
             stdin: vec![],
+            platform: "plain",
         }
     }
 
@@ -256,8 +269,11 @@ impl Container {
         fs::write(self.file("manifest"), bytes).expect("it can be written");
         let hex: String = bound.iter().map(|byte| format!("{byte:02x}")).collect();
         let socket = self.file("v");
-        let mut run =
-            Run::image(image()).with("host-data", hex).with("memory", "256M").with("vsock", &socket);
+        let mut run = Run::image(image())
+            .with("host-data", hex)
+            .with("platform", self.platform)
+            .with("memory", "256M")
+            .with("vsock", &socket);
         let drives = self.drives.iter().map(|(id, file, writable)| (&**id, file.clone(), *writable));
         for (id, file, writable) in drives.chain([(drive::MANIFEST, self.file("manifest"), false)]) {
             let mut words = OsString::from("path=");
@@ -272,7 +288,8 @@ impl Container {
         let stdout = (host.stdout && !terminal).then(|| listen(1026));
         let stderr = (host.stderr && !terminal).then(|| listen(1027));
         if let Some(stdin) = &stdin {
-            stdin.send(self.stdin.clone(), !terminal);
+            // Without any, it stays open.
+            stdin.send(self.stdin.clone(), !terminal && !self.stdin.is_empty());
         }
         Started { running: run.start(), streams: [stdin, stdout, stderr], socket, container: self }
     }
@@ -282,14 +299,17 @@ impl Container {
 struct Stream {
     path: PathBuf,
     input: std::sync::mpsc::Sender<(Vec<u8>, bool)>,
-    output: JoinHandle<Vec<u8>>,
+    output: Arc<Mutex<Vec<u8>>>,
+    thread: JoinHandle<()>,
 }
 
 impl Stream {
     fn listen(path: PathBuf) -> Self {
         let listener = UnixListener::bind(&path).expect("the socket can be made");
         let (input, bytes) = std::sync::mpsc::channel::<(Vec<u8>, bool)>();
-        let output = thread::spawn(move || {
+        let output = Arc::<Mutex<Vec<u8>>>::default();
+        let shared = output.clone();
+        let thread = thread::spawn(move || {
             let (mut connection, _) = listener.accept().expect("somebody connects");
             let mut to = connection.try_clone().expect("there are descriptors");
             thread::spawn(move || {
@@ -300,13 +320,14 @@ impl Stream {
                     }
                 }
             });
-            let mut all = Vec::new();
-            let _ = connection.read_to_end(&mut all);
+            let mut buffer = vec![0; 1 << 16];
+            while let Ok(length @ 1..) = connection.read(&mut buffer) {
+                shared.lock().expect("no panic under the lock").extend(&buffer[..length]);
+            }
             // The guest waits for that: now everything has arrived.
             let _ = connection.shutdown(std::net::Shutdown::Both);
-            all
         });
-        Self { path, input, output }
+        Self { path, input, output, thread }
     }
 
     fn send(&self, bytes: Vec<u8>, last: bool) {
@@ -317,7 +338,8 @@ impl Stream {
     fn finish(self) -> Vec<u8> {
         // If nobody has connected, nobody will.
         drop(UnixStream::connect(&self.path));
-        self.output.join().expect("the thread ends")
+        self.thread.join().expect("the thread ends");
+        std::mem::take(&mut self.output.lock().expect("no panic under the lock"))
     }
 }
 
@@ -335,6 +357,20 @@ impl Started {
     /// Sends bytes to standard input, or the terminal.
     pub fn send(&self, bytes: &[u8]) {
         self.streams[0].as_ref().expect("the host may").send(bytes.to_vec(), false);
+    }
+
+    /// Waits until standard output, or the terminal, has shown `text`.
+    pub fn wait_for(&self, text: &str) {
+        let end = Instant::now() + PATIENCE;
+        let stream = self.streams[1].as_ref().or(self.streams[0].as_ref()).expect("the host sees one");
+        let shown = || {
+            let bytes = stream.output.lock().expect("no panic under the lock");
+            bytes.windows(text.len()).any(|window| window == text.as_bytes())
+        };
+        while !shown() {
+            assert!(Instant::now() < end, "no {text:?}");
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Waits for the end.

@@ -1,7 +1,20 @@
 //! Containers, each in a domain of its own.
 
-use cofferdam_container_manifest::{Mount, Rlimit, StartVariable, Tmpfs, digest};
-use cofferdam_tests::container::{Container, Ended};
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use cofferdam_container_manifest::{
+    DataVolume, Mount, Protection, Rlimit, Scratch, ScratchVolume, Signal, StartVariable, Tmpfs, digest,
+};
+use cofferdam_container_protocol::CONTROL_PORT;
+use cofferdam_container_protocol::frame::{Decoder, Frame, Kind};
+use cofferdam_container_protocol::message::{
+    ExecRequest, Message, Method, ProcessState, Request, Response, SignalRequest, StateRequest,
+    StateResponse, StatsRequest, StatsResponse, StopRequest, WaitRequest, WaitResponse, code,
+};
+use cofferdam_tests::container::{Container, Ended, layer};
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -34,7 +47,7 @@ fn check_refused(ended: &Ended, why: &str) {
 type Case = (fn(&mut Container), &'static str);
 
 /// Everything that is wrong before a layer is read.
-const CASES: [Case; 10] = [
+const CASES: [Case; 11] = [
     (|c| c.bound = Some([1; 32]), "manifest: wrong_digest"),
     (|c| c.manifest_drive = Some(vec![0; 8192]), "manifest: not_valid"),
     (|c| of_text(c, |text| text.replace(r#""version":1"#, r#""version":2"#)), "manifest: not_valid"),
@@ -44,6 +57,7 @@ const CASES: [Case; 10] = [
     (swap, "layers: layer 0 wrong_size"),
     (|c| c.drives.push(("other".to_owned(), c.drives[0].1.clone(), false)), "layers: drive 3 unexpected"),
     (|c| truncate(c, 4096), "layers: layer 2 wrong_size"),
+    (|c| c.manifest.mounts = vec![tmpfs("/tmp"), tmpfs("/var-run/x")], "root: mount 1 path_refused"),
     (|c| c.manifest.process.args[0] = "/nothing".to_owned(), "process: program_not_found"),
 ];
 
@@ -81,11 +95,11 @@ fn what_the_launch_does_not_bind_is_refused() {
 /// A user who is not root, who may do little, with a root file system that nobody can write to.
 #[test]
 fn the_process_is_what_the_manifest_says() {
-    let script = "id; grep -E '^(Cap|NoNew|Seccomp:)' /proc/self/status | tr '\\t' ' '; pwd; hostname; ulimit -n; ulimit -Hn; \
-        touch /a 2>&1; touch /tmp/a && stat -c '%n %U:%G %a' /tmp /tmp/a; touch /tmp/deep/b 2>&1; cat /tmp/a/b 2>&1; \
-        echo 0 > /proc/sys/kernel/panic; ls -l /proc/self/fd | wc -l; echo; ls /dev; readlink /dev/stdin; umask; \
-        ps -o pid,comm; grep -E ' (/|/tmp|/dev|/proc|/proc/sys|/sys|/dev/shm) ' /proc/mounts | cut -d' ' -f2-3; \
-        grep SigIgn /proc/self/status; cat < /dev/null > /dev/shm/x && echo shm; echo > /dev/stdout; env; exit 3";
+    let script = "id; grep -E '^(CapEff|CapBnd|NoNew|SigIgn|SigBlk)' /proc/self/status; pwd; hostname; ulimit -n; ulimit -Hn; \
+        echo $MODE; umask; touch /a; touch /tmp/a && stat -c '%n %u:%g %a' /tmp /tmp/a; \
+        echo 0 > /proc/sys/kernel/panic; echo $(ls /proc/self/fd); echo $(ls /dev); \
+        echo > /dev/stdout; echo x > /dev/shm/x && echo shm; touch /dev/x; \
+        test-guest port 0x620 9; echo $?; ps -o pid,comm; exit 3";
     let mut container = Container::new(&format!("exec 2>&1; {script}"));
     let process = &mut container.manifest.process;
     process.uid = 1000;
@@ -98,9 +112,351 @@ fn the_process_is_what_the_manifest_says() {
     process.env.push("MODE=default".to_owned());
     process.start_env = vec![StartVariable { name: "MODE".to_owned(), pattern: "fast|slow".to_owned() }];
     process.rlimits = vec![Rlimit { hard: Some(200), name: "RLIMIT_NOFILE".to_owned(), soft: Some(100) }];
-    container.manifest.mounts = vec![Mount::Tmpfs(Tmpfs { path: "/tmp".to_owned(), size: 1 << 20 })];
+    container.manifest.mounts = vec![tmpfs("/tmp")];
     container.env.insert("MODE".to_owned(), "fast".to_owned());
     let ended = container.finish();
-    println!("{}", ended.text());
+    let lines = [
+        "uid=1000 gid=1001 groups=5,1002",
+        "SigBlk:\t0000000000000000",
+        "SigIgn:\t0000000000000000",
+        "CapEff:\t0000000000000000",
+        "CapBnd:\t0000000000000420",
+        "NoNewPrivs:\t1",
+        "/made/for this",
+        "under-test",
+        "100",
+        "200",
+        "fast",
+        "0022",
+        "touch: /a: Read-only file system",
+        "/tmp 0:0 1777",
+        "/tmp/a 1000:1001 644",
+        "sh: can't create /proc/sys/kernel/panic: Read-only file system",
+        "0 1 2 3",
+        "fd full null ptmx pts random shm stderr stdin stdout tty urandom zero",
+        "",
+        "shm",
+        "touch: /dev/x: Read-only file system",
+        "test-guest: Operation not permitted (os error 1)",
+        "1",
+        "PID   COMMAND",
+        "1 init",
+        "2 sh",
+    ];
+    let text = ended.text();
+    let found: Vec<&str> = text.lines().map(str::trim_start).collect();
+    assert_eq!(found.get(..lines.len()), Some(&lines[..]), "{ended}");
     assert_eq!(ended.done.code(), 3, "{ended}");
+}
+
+fn tmpfs(path: &str) -> Mount {
+    Mount::Tmpfs(Tmpfs { path: path.to_owned(), size: 1 << 20 })
+}
+
+/// User 0 has what the manifest leaves it, and device nodes are none.
+#[test]
+fn root_has_no_devices_and_no_ports_and_no_settings() {
+    let script = "exec 2>&1; grep -E '^Cap(Eff|Prm|Bnd)' /proc/self/status; \
+        for f in / /tmp /data; do mknod $f/n c 1 3; echo > $f/n; done; mknod /dev/n c 1 3; mknod /dev/shm/n b 254 0; cat /dev/shm/n; \
+        echo h > /proc/sysrq-trigger; echo 1 > /sys/kernel/profiling; test-guest port 0x620 9; umount /proc; kill -9 1; \
+        cat /data/../which; ls /var-run; chown 7:8 /tmp; touch /tmp/ok && echo ok; kill -TERM $$";
+    let mut container = Container::new(script);
+    let capabilities = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_KILL", "CAP_MKNOD", "CAP_SETUID"];
+    container.manifest.process.capabilities = capabilities.map(str::to_owned).into();
+    let (layer, file) = {
+        let content = container.file("data");
+        std::fs::create_dir(&content).unwrap();
+        std::fs::write(content.join("file"), "data").unwrap();
+        layer(&container.file(""), &content)
+    };
+    container.drives.push(("volume0".to_owned(), file, false));
+    let (root_hash, salt, size) = (layer.root_hash, layer.salt, layer.size);
+    let path = "/data".to_owned();
+    container.manifest.mounts = vec![Mount::Data(DataVolume { path, root_hash, salt, size }), tmpfs("/tmp")];
+    let ended = container.finish();
+    let lines = [
+        "CapPrm:\t00000000080000a3",
+        "CapEff:\t00000000080000a3",
+        "CapBnd:\t00000000080000a3",
+        "sh: can't create //n: Permission denied",
+        "sh: can't create /tmp/n: Permission denied",
+        "mknod: /data/n: Read-only file system",
+        "sh: can't create /data/n: Read-only file system",
+        "mknod: /dev/n: Read-only file system",
+        "cat: can't open '/dev/shm/n': Permission denied",
+        "sh: can't create /proc/sysrq-trigger: Read-only file system",
+        "sh: can't create /sys/kernel/profiling: Read-only file system",
+        "test-guest: Operation not permitted (os error 1)",
+        "umount: can't unmount /proc: Operation not permitted",
+        "highest",
+        "ls: /var-run: No such file or directory",
+        "ok",
+    ];
+    assert_eq!(ended.text().lines().collect::<Vec<_>>(), lines, "{ended}");
+    assert_eq!(ended.done.code(), 128 + 15, "{ended}");
+}
+
+#[test]
+fn standard_input_arrives_and_ends() {
+    let mut container = Container::new("sha256sum; echo end");
+    container.manifest.host.stdin = true;
+    container.stdin = large();
+    let ended = container.finish();
+    assert_eq!(ended.text(), format!("{}  -\nend\n", hex(&digest(&large()))), "{ended}");
+}
+
+#[test]
+fn many_bytes_of_output_arrive_intact() {
+    output(8 << 20);
+}
+
+#[test]
+#[ignore = "long: make test-all"]
+fn two_hundred_mib_of_output_arrive_intact() {
+    output(200 << 20);
+}
+
+fn output(bytes: u64) {
+    let ended = Container::new(&format!("exec test-guest pattern {bytes} 5")).finish();
+    assert_eq!(ended.done.code(), 0, "{}", ended.done);
+    cofferdam_test_guest::check(&ended.stdout[..], bytes, 5).unwrap();
+}
+
+#[test]
+fn a_terminal_is_one() {
+    let mut container = Container::new(
+        "stty size; tty; [ -t 0 ] && [ -t 1 ] && [ -t 2 ] && echo three; read line; echo \"<$line>\"; cat; exit 6",
+    );
+    container.manifest.process.terminal = true;
+    container.manifest.process.uid = 1000;
+    container.manifest.host.stdin = true;
+    container.stdin = b"typed\n\x04".to_vec();
+    let ended = container.finish();
+    let text = String::from_utf8_lossy(&ended.terminal).into_owned();
+    assert!(text.contains("24 80\r\n/dev/pts/0\r\nthree\r\n"), "{ended}");
+    assert!(text.contains("<typed>\r\n"), "{ended}");
+    assert_eq!(ended.done.code(), 6, "{ended}");
+}
+
+/// Flips a bit in a drive's file.
+fn flip(container: &mut Container, id: &str, place: impl FnOnce(&[u8]) -> usize) {
+    let path = container.own_file(id);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let at = place(&bytes);
+    bytes[at] ^= 4;
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// A byte in the middle of the content of /large.
+fn in_large(bytes: &[u8]) -> usize {
+    let middle: Vec<u8> = (100_000..100_100_u32).flat_map(u32::to_le_bytes).collect();
+    bytes.windows(middle.len()).position(|window| window == middle).unwrap()
+}
+
+#[test]
+fn a_wrong_block_is_never_served() {
+    let script = "cat /which; sha256sum /large 2>&1; exit 5";
+    let mut container = Container::new(script);
+    flip(&mut container, "layer2", in_large);
+    let ended = container.finish();
+    assert_eq!(ended.text(), "highest\nsha256sum: can't read '/large': Input/output error\n", "{ended}");
+    assert_eq!(ended.done.code(), 5, "{ended}");
+}
+
+fn scratch(protection: Protection, size: u64) -> Scratch {
+    Scratch { protection, size }
+}
+
+/// Uses a file system so that blocks of all kinds come and go, and looks whether one was read that was never written.
+const USE: &str = "mkdir /v/d; for i in $(seq 1 300); do echo $i > /v/d/file-with-a-long-name-$i; done; rm /v/d/*7*; \
+    for i in $(seq 1 20); do mkdir -p /v/e$i/f/g; ln -s x /v/e$i/l; dd if=/dev/zero of=/v/e$i/s bs=1k seek=$((i * 3000)) count=3 2> /dev/null; done; \
+    test-guest pattern 3000000 9 > /v/data; test-guest pattern 100000 9 > /root-file; sync; \
+    mount -t proc proc /mnt; echo 3 > /mnt/sys/vm/drop_caches; rm -r /v/e1*; for i in $(seq 1 50); do echo $i > /v/d/again-$i; done; sync; \
+    echo 3 > /mnt/sys/vm/drop_caches; test-guest check 3000000 9 < /v/data && test-guest check 100000 9 < /root-file && echo checked; \
+    ls /v/d | wc -l; mount | grep -c ext4";
+
+fn on_scratch(script: &str, scratch: Scratch) -> Container {
+    let mut container = Container::new(&format!("exec 2>&1; {script}")).with_scratch(scratch);
+    container.manifest.mounts = vec![Mount::Scratch(ScratchVolume { path: "/v".to_owned() }), tmpfs("/mnt")];
+    container.manifest.process.capabilities =
+        ["CAP_DAC_OVERRIDE", "CAP_SYSLOG", "CAP_SYS_ADMIN"].map(str::to_owned).into();
+    container
+}
+
+#[test]
+fn a_scratch_device_is_used_and_nothing_is_read_that_was_not_written() {
+    let protection = Protection::Authenticated;
+    let ended = on_scratch(USE, scratch(protection, 256 << 20)).finish();
+    assert_eq!(ended.text(), "checked\n293\n1\n", "{protection:?}: {ended}");
+    // The kernel says it on the console.
+    let console = ended.done.console();
+    assert!(!console.contains("INTEGRITY AEAD") && !console.contains("I/O error"), "{ended}");
+    // The content is on the host's disk, and cannot be read there.
+    let bytes = std::fs::read(ended.container.file("scratch")).unwrap();
+    let mut start = vec![0; 4096];
+    Read::read_exact(&mut cofferdam_test_guest::Pattern::new(9), &mut start).unwrap();
+    let seen = bytes.chunks(4096).any(|chunk| chunk == start);
+    assert!(!seen, "{protection:?}");
+    assert_ne!(bytes.iter().filter(|byte| **byte != 0).count(), 0);
+}
+
+/// Compares what is written, not time: how many blocks of the host's file there are afterwards.
+#[test]
+fn a_larger_scratch_device_takes_no_longer_to_make() {
+    use std::os::unix::fs::MetadataExt;
+    let blocks = |size| {
+        let ended = on_scratch("echo x > /v/x; df -m /v | tail -1", scratch(Protection::Authenticated, size))
+            .finish();
+        assert_eq!(ended.done.code(), 0, "{ended}");
+        std::fs::metadata(ended.container.file("scratch")).unwrap().blocks() / 2
+    };
+    let (small, large) = (blocks(256 << 20), blocks(1 << 40));
+    // KiB: descriptors of 8,000 groups, and tags in as many places as before.
+    assert!(small < 1024 && large < small + 1024, "{small} KiB, {large} KiB");
+}
+
+/// The host changes blocks while the container runs.
+#[test]
+fn a_changed_block_of_an_authenticated_device_fails_to_be_read() {
+    let script = "test-guest pattern 8000000 9 > /v/data; sync; mount -t proc proc /mnt; echo written; read line; \
+        echo 3 > /mnt/sys/vm/drop_caches; cat /v/data > /dev/null; echo $?";
+    let mut container = on_scratch(script, scratch(Protection::Authenticated, 64 << 20));
+    container.manifest.host.stdin = true;
+    let path = container.file("scratch");
+    let started = container.start();
+    started.wait_for("written");
+    let bytes = std::fs::read(&path).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    // Of the longest run of written blocks, which has the data: one in the middle.
+    let written: Vec<bool> = bytes.chunks(4096).map(|block| block.iter().any(|byte| *byte != 0)).collect();
+    let runs = written.split(|written| !written).map(|run| (run.len(), run.as_ptr()));
+    let (length, start) = runs.max_by_key(|(length, _)| *length).unwrap();
+    let block = (start as usize - written.as_ptr() as usize) + length / 2;
+    std::os::unix::fs::FileExt::write_all_at(&file, &[bytes[block * 4096] ^ 1], block as u64 * 4096).unwrap();
+    started.send(b"go on\n");
+    let ended = started.finish();
+    assert_eq!(ended.text(), "written\ncat: read error: Input/output error\n1\n", "{ended}");
+}
+
+#[test]
+fn the_drive_of_a_scratch_device_must_be_as_the_manifest_says() {
+    let mut container = on_scratch("echo it runs", scratch(Protection::None, 64 << 20));
+    container.manifest.scratch = Some(scratch(Protection::None, 128 << 20));
+    check_refused(&container.finish(), "layers: drive 3 wrong_size");
+    let tiny = on_scratch("echo it runs", scratch(Protection::Authenticated, 64 << 10));
+    check_refused(&tiny.finish(), "scratch: format_failed");
+}
+
+/// Connects to init's port as the monitor does.
+fn connect(socket: &Path) -> UnixStream {
+    let mut connection = UnixStream::connect(socket).unwrap();
+    writeln!(connection, "CONNECT {CONTROL_PORT}").unwrap();
+    let mut answer = Vec::new();
+    // Byte by byte: what follows the line is the stream.
+    while !answer.ends_with(b"\n") {
+        let mut byte = [0];
+        if connection.read(&mut byte).unwrap_or(0) == 0 {
+            return connection;
+        }
+        answer.extend(byte);
+    }
+    connection
+}
+
+/// Asks over a connection of its own; an answer with nothing but a code if it was refused.
+fn ask(socket: &Path, method: Method, message: &impl Message) -> Result<Vec<u8>, i32> {
+    let payload = Request::new(method, message).encode_to_vec();
+    let mut connection = connect(socket);
+    connection.write_all(&Frame { stream: 1, kind: Kind::Request, payload }.encode().unwrap()).unwrap();
+    let (mut decoder, mut buffer) = (Decoder::default(), [0; 4096]);
+    loop {
+        if let Some(frame) = decoder.next().unwrap() {
+            let response = Response::decode(&*frame.payload).unwrap();
+            return response.status.map_or(Ok(response.payload), |status| Err(status.code));
+        }
+        let length = connection.read(&mut buffer).unwrap();
+        assert_ne!(length, 0, "no answer");
+        decoder.push(&buffer[..length]);
+    }
+}
+
+#[test]
+fn the_host_asks_and_abuses_and_the_container_notices_nothing() {
+    let script = "trap 'echo stopped; exit 9' TERM; trap 'echo user' USR1; echo ready; while :; do sleep 1000 & wait; done";
+    let mut container = Container::new(script).stoppable(&[Signal::Usr1], Signal::Term, 3_600_000);
+    container.manifest.host.exec =
+        vec![vec!["sh".to_owned(), "-c".to_owned(), "echo from exec; exit 11".to_owned()]];
+    let exec = ExecRequest {
+        id: "x".to_owned(),
+        args: container.manifest.host.exec[0].clone(),
+        stdout_port: 1500,
+        ..Default::default()
+    };
+    let listener = UnixListener::bind(container.file("v_1500")).unwrap();
+    let started = container.start();
+    started.wait_for("ready");
+    let socket = started.socket.clone();
+
+    // Garbage, frames that never end, and more connections than there can be.
+    for garbage in [&[0xFF; 5000][..], b"GET / HTTP/1.1\r\n\r\n", &[0, 0, 0, 1, 0, 0, 0, 1, 2, 0, 0]] {
+        let mut connection = connect(&socket);
+        connection.write_all(garbage).unwrap();
+        // Closed, by whatever means.
+        assert_eq!(connection.read(&mut [0; 16]).unwrap_or(0), 0);
+    }
+    let held: Vec<UnixStream> = (0..100).map(|_| connect(&socket)).collect();
+    drop(held);
+    let until = Instant::now() + Duration::from_secs(120);
+    while ask_quietly(&socket).is_none() {
+        assert!(Instant::now() < until, "init does not answer after a flood");
+    }
+
+    assert_eq!(ask(&socket, Method::Exec, &exec), Ok(vec![]));
+    let mut output = String::new();
+    listener.accept().unwrap().0.read_to_string(&mut output).unwrap();
+    assert_eq!(output, "from exec\n");
+    let waited = ask(&socket, Method::Wait, &WaitRequest { id: "x".to_owned() }).unwrap();
+    assert_eq!(WaitResponse::decode(&*waited).unwrap().exit_status, 11);
+    let signal = |signal: &str| {
+        ask(&socket, Method::Signal, &SignalRequest { signal: signal.to_owned(), ..Default::default() })
+    };
+    assert_eq!(signal("USR1"), Ok(vec![]));
+    started.wait_for("user");
+    assert_eq!(signal("KILL"), Err(code::PERMISSION_DENIED));
+    let other = ExecRequest { args: vec!["/bin/sh".to_owned()], ..exec };
+    assert_eq!(ask(&socket, Method::Exec, &other), Err(code::PERMISSION_DENIED));
+    let stats = ask(&socket, Method::Stats, &StatsRequest {}).unwrap();
+    let stats = StatsResponse::decode(&*stats).unwrap();
+    let refused: Vec<_> = stats.refused.iter().map(|refused| (&*refused.method, refused.count)).collect();
+    assert_eq!(refused, [("Exec", 1), ("Signal", 1)]);
+    assert!(stats.processes >= 2 && stats.processes < 10, "{stats:?}");
+    assert!(
+        stats.cpu_us > 0 && stats.memory_bytes > 0 && stats.memory_bytes < stats.memory_total_bytes,
+        "{stats:?}"
+    );
+    let state = ask(&socket, Method::State, &StateRequest::default()).unwrap();
+    assert_eq!(StateResponse::decode(&*state).unwrap().state(), ProcessState::Running);
+    assert_eq!(ask(&socket, Method::Stop, &StopRequest {}), Ok(vec![]));
+    let ended = started.finish();
+    assert_eq!(ended.text(), "ready\nuser\nstopped\n", "{ended}");
+    assert_eq!(ended.done.code(), 9, "{ended}");
+}
+
+/// Asks something harmless; nothing if there is no answer yet.
+fn ask_quietly(socket: &Path) -> Option<()> {
+    let payload = Request::new(Method::State, &StateRequest::default()).encode_to_vec();
+    let mut connection = connect(socket);
+    connection.write_all(&Frame { stream: 1, kind: Kind::Request, payload }.encode().unwrap()).ok()?;
+    (connection.read(&mut [0; 64]).ok()? > 0).then_some(())
+}
+
+/// Whoever ignores the signal of an orderly stop is ended when its time is over.
+#[test]
+fn an_orderly_stop_ends_in_any_case() {
+    let container = Container::new("trap '' TERM; echo ready; sleep 1000").stoppable(&[], Signal::Term, 500);
+    let started = container.start();
+    started.wait_for("ready");
+    assert_eq!(ask(&started.socket, Method::Stop, &StopRequest {}), Ok(vec![]));
+    let ended = started.finish();
+    assert_eq!(ended.done.code(), 137, "{ended}");
 }
