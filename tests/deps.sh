@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 # compare ours with, are computed with; what makes the emulated secure processor's certificates, and
 # libraries of the emulator.
 packages="gcc libc6-dev make git ca-certificates debian-archive-keyring
-    xz-utils zstd e2fsprogs util-linux acpica-tools curl cryptsetup-bin erofs-utils strace
+    xz-utils zstd e2fsprogs util-linux acpica-tools curl cryptsetup-bin erofs-utils strace tmux
     libssl-dev pkg-config python3-venv
     openssl libglib2.0-0 libpixman-1-0 libnettle8 libhogweed6 libgmp10 libssl3 zlib1g"
 # The toolchain, with its targets, is that of rust-toolchain.toml.

@@ -131,6 +131,11 @@ pub fn image() -> PathBuf {
     shared().folder.path().join("domain.igvm")
 }
 
+/// The layers that all containers of these tests have, each as a folder.
+pub fn layers() -> [PathBuf; 3] {
+    ["lowest", "middle", "highest"].map(|name| shared().folder.path().join(name))
+}
+
 /// Makes a layer of the folder `content`, in a folder of `place`.
 pub fn layer(place: &Path, content: &Path) -> (Layer, PathBuf) {
     let name = content.file_name().expect("it has a name").to_string_lossy().into_owned();

@@ -1,6 +1,7 @@
 //! The domain tier: Debian's kernel in a domain, on hardware KVM or in the rig (`cargo xtask domain-tests`).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 
+mod command_line;
 mod container;
 mod curl;
 mod disk;

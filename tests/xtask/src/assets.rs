@@ -10,7 +10,7 @@ use crate::cache::Cache;
 use crate::initramfs::InitramfsBuilder;
 use crate::kernel::{self, Kernel};
 use crate::modules::ModuleTree;
-use crate::{Error, certificates, emulator};
+use crate::{Error, certificates, debian, emulator};
 
 /// The variable that hands fetched assets on to a process in the rig, which cannot fetch.
 pub const ENVIRONMENT: &str = "COFFERDAM_ASSETS";
@@ -92,6 +92,8 @@ pub struct Assets {
     pub firmware: PathBuf,
     /// A static busybox.
     pub busybox: PathBuf,
+    /// An OCI image layout: Debian, Python, and a program.
+    pub debian_python: PathBuf,
 }
 
 impl Assets {
@@ -112,6 +114,7 @@ impl Assets {
             rig_kernel: rig.image,
             qemu: emulator::fetch(&cache)?,
             firmware: emulator::firmware(&cache)?,
+            debian_python: debian::fetch(&cache)?,
             busybox,
         })
     }
@@ -122,7 +125,7 @@ impl Assets {
     }
 
     /// Names and paths, for a listing.
-    pub fn list(&self) -> [(&'static str, &PathBuf); 9] {
+    pub fn list(&self) -> [(&'static str, &PathBuf); 10] {
         [
             ("guest_kernel", &self.guest_kernel),
             ("guest_vmlinux", &self.guest_vmlinux),
@@ -133,6 +136,7 @@ impl Assets {
             ("qemu", &self.qemu),
             ("firmware", &self.firmware),
             ("busybox", &self.busybox),
+            ("debian_python", &self.debian_python),
         ]
     }
 }

@@ -18,6 +18,7 @@ pub mod apt;
 pub mod assets;
 pub mod cache;
 pub mod certificates;
+pub mod debian;
 pub mod emulator;
 pub mod error;
 pub mod frame;
