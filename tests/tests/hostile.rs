@@ -266,7 +266,7 @@ fn the_guests_credit_is_kept_at_its_extremes() {
 }
 
 #[test]
-fn floods_of_packets_are_held_back() {
+fn floods_of_packets_are_bounded() {
     endured("hostile-vsock", &["packet-flood", "notification-flood", "connections-in-turn"]);
 }
 

@@ -6,7 +6,7 @@
 
 use cofferdam_firmware::layout::{
     EVENT_PORT, EXIT_CODE_PORT, GUEST_PORT_MMIO, I8042_DATA_PORT, IO_APIC, PVPANIC_PORT, REFUSAL_PORT,
-    SERIAL_PORT, SLEEP_CONTROL_PORT, VIRTIO_MMIO_STRIDE,
+    SERIAL_PORT, SLEEP_CONTROL_PORT, STEP_PORT, VIRTIO_MMIO_STRIDE,
 };
 use cofferdam_payloads::cpu::{inb, inl, insb, inw, outb, outl, outsb, outw};
 use cofferdam_payloads::disk::Disk;
@@ -264,10 +264,14 @@ fn io_apic() {
         mmio::read(GUEST_PORT_MMIO + offset, width);
         // A refusal ends the domain.
         if !(offset..offset + width).contains(&u64::from(REFUSAL_PORT - EXIT_CODE_PORT)) {
-            mmio::write(GUEST_PORT_MMIO + offset, width, u64::MAX);
+            let fatal = (offset, width) == (u64::from(STEP_PORT - EXIT_CODE_PORT), 4);
+            mmio::write(GUEST_PORT_MMIO + offset, width, if fatal { NOT_FATAL.into() } else { u64::MAX });
         }
     }
 }
+
+/// All of a report of init but the bit that ends the domain.
+const NOT_FATAL: u32 = u32::MAX >> 1;
 
 /// Reads a register of the interrupt controller.
 fn get(index: u32) -> u32 {
@@ -303,7 +307,7 @@ fn ports() {
                 outw(port, value(2) as u16);
             }
             if !refuses(4) {
-                outl(port, value(4));
+                outl(port, if port == STEP_PORT { value(4) & NOT_FATAL } else { value(4) });
             }
         }
     }
