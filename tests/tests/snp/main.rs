@@ -4,6 +4,7 @@
 
 mod boot;
 mod certificates;
+mod container;
 mod devices;
 mod domain;
 mod evidence;
