@@ -9,6 +9,7 @@
 
 pub mod cc_blob;
 pub mod cpuid_table;
+pub mod ghcb;
 pub mod msr;
 pub mod page_state;
 

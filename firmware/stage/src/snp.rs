@@ -13,25 +13,14 @@ use cofferdam_firmware::layout::{SNP_CC_BLOB, SNP_CC_NODE, SNP_CPUID, SNP_GHCB};
 use cofferdam_firmware::manifest;
 use cofferdam_firmware::page_tables::{SHARED_ALIAS, SNP_PRIVATE};
 use cofferdam_firmware::reason::Reason;
+use cofferdam_firmware::snp::ghcb::{
+    BUFFER, EXIT_CODE, EXIT_INFO_1, EXIT_INFO_2, EXIT_VALID, SCRATCH, VALID_LOWER, VALID_UPPER, VERSION,
+    VERSION_AND_USAGE,
+};
 use cofferdam_firmware::snp::page_state::{self, LIST_MAX, Page, Pages, Size, State, Validation};
 use cofferdam_firmware::snp::{cc_blob, cpuid_table, low_memory, msr};
 
 use crate::memory;
-
-// Fields of the GHCB (GHCB specification, table 3), and the bits of those that a page state change uses in the upper half of the
-// bitmap of valid fields.
-const EXIT_CODE: u64 = 0x390;
-const EXIT_INFO_1: u64 = 0x398;
-const EXIT_INFO_2: u64 = 0x3A0;
-const SCRATCH: u64 = 0x3A8;
-const VALID_LOWER: u64 = 0x3F0;
-const VALID_UPPER: u64 = 0x3F8;
-const VALID: u64 = 0xF << (EXIT_CODE / 8 - 64);
-/// The shared buffer.
-const BUFFER: u64 = 0x800;
-/// Version of the protocol in bits 16 to 31, and usage 0 (a page of this layout) in the upper half.
-const VERSION_AND_USAGE: u64 = 0xFF8;
-const VERSION: u64 = 2 << 16;
 
 /// A SEV-SNP domain. There is one value of it, which owns all memory that is free, and the GHCB.
 pub struct Snp;
@@ -136,7 +125,7 @@ fn make_private(pages: impl Iterator<Item = Page>) -> Result<(), Reason> {
         write_ghcb(EXIT_INFO_2, 0);
         write_ghcb(SCRATCH, SNP_GHCB + BUFFER);
         write_ghcb(VALID_LOWER, 0);
-        write_ghcb(VALID_UPPER, VALID);
+        write_ghcb(VALID_UPPER, EXIT_VALID);
         ask(SNP_GHCB);
         if read_ghcb(EXIT_INFO_1) as u32 != 0 || read_ghcb(EXIT_INFO_2) != 0 {
             return Err(Reason::PageState);

@@ -11,24 +11,14 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use cofferdam_firmware::layout::{GIB, PAGE_SIZE, SNP_GHCB};
 use cofferdam_firmware::page_tables::{SHARED_ALIAS, SNP_PRIVATE};
+use cofferdam_firmware::snp::ghcb::{
+    BUFFER, EXIT_CODE, EXIT_INFO_1, EXIT_INFO_2, EXIT_VALID, RAX, RAX_VALID, SCRATCH, VALID_LOWER,
+    VALID_UPPER, VERSION, VERSION_AND_USAGE,
+};
 use cofferdam_firmware::snp::msr;
 use cofferdam_firmware::snp::page_state::{self, LIST_MAX, Page, Pages, State, Validation};
 
 use crate::ram;
-
-// Fields of the GHCB (GHCB specification, table 3), and their bits in the two words that say which are valid.
-const RAX: u64 = 0x1F8;
-const EXIT_CODE: u64 = 0x390;
-const EXIT_INFO_1: u64 = 0x398;
-const EXIT_INFO_2: u64 = 0x3A0;
-const SCRATCH: u64 = 0x3A8;
-const VALID_LOWER: u64 = 0x3F0;
-const VALID_UPPER: u64 = 0x3F8;
-const RAX_VALID: u64 = 1 << (RAX / 8);
-const EXIT_VALID: u64 = 0xF << (EXIT_CODE / 8 - 64);
-const BUFFER: u64 = 0x800;
-const VERSION_AND_USAGE: u64 = 0xFF8;
-const VERSION: u64 = 2 << 16;
 
 // Exit codes: `SVM_EXIT_IOIO`, whose first information has port, width and direction; reads and writes of devices, with address
 // and width.
