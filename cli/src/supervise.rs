@@ -14,6 +14,7 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use cofferdam_api::status::{Event, ExitReason, Outcome, Phases, Platform};
+use cofferdam_container_protocol::step::Step;
 use rustix::event::PollFlags;
 use rustix::process::Signal;
 
@@ -34,8 +35,6 @@ pub const GRACE: Duration = Duration::from_secs(30);
 const SWEEP: Duration = Duration::from_secs(1);
 /// Exit status of a monitor that made a system call that its seccomp policy forbids.
 const FORBIDDEN_CALL: i32 = 148;
-/// The step in which a container's process runs.
-const RUNNING: &str = "running";
 /// Time between two requests to stop at once.
 const REPEAT: Duration = Duration::from_millis(200);
 
@@ -367,9 +366,8 @@ impl Progress {
                 }
             }
             Event::Step { step } => {
-                if let (RUNNING, false, Some((platform, protected))) =
-                    (step.as_str(), self.contained, self.platform)
-                {
+                let runs = step == Step::Running.to_string();
+                if let (true, false, Some((platform, protected))) = (runs, self.contained, self.platform) {
                     self.contained = true;
                     running(Reached::Container(platform, protected));
                 }
