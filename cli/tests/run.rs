@@ -115,12 +115,15 @@ fn the_monitor_gets_its_configuration_by_descriptor() {
     assert_eq!(config["vsock"]["uds_path"], "v.sock");
     let args = case.file("args");
     let words: Vec<&str> = args.split_whitespace().collect();
-    let [_, config, _, status, _, id, _, level, _, _, start, _, api] = words[..] else { panic!("{args}") };
+    let [_, config, _, status, _, entry, _, id, _, level, _, _, start, _, api] = words[..] else {
+        panic!("{args}")
+    };
     assert_eq!(
-        [words[0], words[2], words[4], words[6], words[8], words[9], words[11]],
+        [words[0], words[2], words[4], words[6], words[8], words[10], words[11], words[13]],
         [
             "--config-file",
             "--status-file",
+            "--run-entry",
             "--id",
             "--level",
             "--show-level",
@@ -129,7 +132,7 @@ fn the_monitor_gets_its_configuration_by_descriptor() {
         ]
     );
     assert_eq!(level, "Warning");
-    assert!([config, status, api].iter().all(|word| word.starts_with("fd:")) && id == "d", "{args}");
+    assert!([config, status, entry, api].iter().all(|word| word.starts_with("fd:")) && id == "d", "{args}");
     assert!(start.parse::<u64>().unwrap() > 0);
 }
 
