@@ -188,7 +188,7 @@ fn completions_can_be_read_by_their_shells() {
         let path = installed.path("share/bash-completion/completions/cofferdam");
         text(&Command::new("bash").arg("-c").arg(script).arg(path).output().unwrap())
     };
-    assert_eq!(ask("cofferdam st", 1), "stop\n");
+    assert_eq!(ask("cofferdam st", 1), "stats stop\n");
     assert_eq!(ask("cofferdam stop --t", 2), "--timeout\n");
 }
 
