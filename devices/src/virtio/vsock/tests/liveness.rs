@@ -21,7 +21,7 @@ use crate::virtio::vsock::packet::{HEADER_LEN, Header, Op, Ports, SHUTDOWN_RECEI
 /// Port on which a program of the host listens, and one on which the guest does.
 const PROGRAM: u32 = 7;
 const GUEST: u32 = 52;
-/// Turns in which a world without a lost wake-up has long come to rest.
+/// Turns in which a world without a lost wake-up has long come to rest, beside one for each byte.
 const TURNS: usize = 20_000;
 
 /// Byte `index` of every stream.
@@ -384,7 +384,8 @@ impl World {
 
     /// Lets everybody do what they are woken for until nobody is any more.
     fn rest(&mut self) {
-        for _ in 0..TURNS {
+        let bytes: usize = self.pairs.iter().map(|pair| pair.to_send + pair.to_write).sum();
+        for _ in 0..TURNS + bytes {
             let mut moved = self.event_loop() | self.interrupted();
             if !self.taken.is_empty() {
                 self.refill();
@@ -448,7 +449,8 @@ proptest! {
         let mut world = World::new(buffers, buffer_len, slots, buf_alloc);
         for step in &steps {
             // A stream in small buffers is as good a test when it is short.
-            let scale = |count: usize| if buffer_len < 4096 || buf_alloc < 5000 { count / 20 } else { count };
+            let packets = |count: usize| count.min(500 * (buffer_len - HEADER_LEN) as usize);
+            let scale = |count: usize| if buf_alloc < 5000 { packets(count / 20) } else { packets(count) };
             match *step {
                 Step::Send(pair, count) => world.step(&Step::Send(pair, scale(count))),
                 Step::Write(pair, count) => world.step(&Step::Write(pair, scale(count))),
