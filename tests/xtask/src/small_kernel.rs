@@ -80,9 +80,8 @@ fn build(archive: &Path, tree: &Path) -> Result<(), Error> {
     }
     tool::run(Command::new("patch").args(["-s", "-p1", "-i", "container.patch"]).current_dir(tree))?;
     let make = |arguments: &[&str]| {
-        // Nobody waits for it who could not wait a little longer.
-        let mut make = Command::new("nice");
-        make.args(["-n", "19", "make", "-s"]).args(arguments).current_dir(tree);
+        let mut make = Command::new("make");
+        make.arg("-s").args(arguments).current_dir(tree);
         // Where `make test-all` starts this, it hands its own settings on.
         make.envs(BANNER).env("LC_ALL", "C").env_remove("MAKEFLAGS").env_remove("MFLAGS");
         tool::run(&mut make)
