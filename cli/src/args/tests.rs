@@ -1,6 +1,9 @@
 use super::*;
 use clap::CommandFactory;
-use cofferdam_api::config::DEFAULT_COMMAND_LINE;
+use cofferdam_api::config::{
+    DEFAULT_COMMAND_LINE, DomainConfig, HostData, MachineConfig, PlatformChoice, Serial, SerialMode,
+    SnpConfig, Vsock,
+};
 use std::ffi::OsString;
 
 fn run_args(extra: &[&str]) -> Result<Box<RunArgs>, clap::Error> {
