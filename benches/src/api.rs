@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::report::{Better, Row, Subject};
 use crate::server::{Server, Sockets, now};
 use crate::start_up::{MEMORY, last_line, milliseconds};
-use crate::{Result, in_turns, progress};
+use crate::{Result, in_turns, programs, progress};
 
 const FIRST_REPLY: Subject =
     Subject { name: "start to first API reply", unit: "ms", better: Better::Lower, goal: Some(1.3) };
@@ -45,14 +45,14 @@ pub fn run(rounds: usize) -> Result<Vec<Row>> {
 
 /// A monitor that waits for its domain.
 pub fn monitor(socket: &Path) -> Command {
-    let mut command = Command::new(place::monitor());
+    let mut command = Command::new(programs::monitor());
     // That a guest powered off is no news here.
     command.args(["--level", "error"]).arg("--api-sock").arg(socket);
     command
 }
 
 fn small_server(socket: &Path) -> Command {
-    let mut command = Command::new(place::reference("small-server"));
+    let mut command = Command::new(programs::reference("small-server"));
     command.arg(socket);
     command
 }
@@ -120,7 +120,7 @@ fn one_shots(sockets: &Sockets, status: &Path, rounds: usize) -> Result<Row> {
         Ok(milliseconds(&last_line(status)?, &["phases", "user_space"])? - start)
     };
     let theirs = || -> Result<f64> {
-        let mut command = Command::new(place::reference("floor"));
+        let mut command = Command::new(programs::reference("floor"));
         command.arg(place::payload("first")).arg(status).stdin(Stdio::null());
         if !command.status()?.success() {
             return Err("floor failed".into());

@@ -15,7 +15,7 @@ use cofferdam_tests::place;
 use crate::api::{domain, monitor};
 use crate::report::{Better, Row, Subject};
 use crate::server::{Server, Sockets, now};
-use crate::{Result, in_turns, progress};
+use crate::{Result, in_turns, programs, progress};
 
 /// Domains that are created.
 const DOMAINS: usize = 100;
@@ -135,7 +135,7 @@ fn create(place: &Sockets, socket: &str, config: &str) -> Result<(Server, f64)> 
 
 /// The whole life of `floor`, milliseconds.
 fn floor(place: &Sockets) -> Result<f64> {
-    let mut command = Command::new(place::reference("floor"));
+    let mut command = Command::new(programs::reference("floor"));
     command.arg(place::payload("first")).arg(place.path("status")).stdin(Stdio::null());
     let start = now();
     match command.status()?.success() {

@@ -6,11 +6,9 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use cofferdam_tests::place;
-
 use crate::report::{Better, Row, Subject};
 use crate::server::{Server, Sockets, now};
-use crate::{Result, in_turns, progress};
+use crate::{Result, in_turns, programs, progress};
 
 const FIRST_REPLY: Subject = Subject {
     name: "start of the jailer to first API reply",
@@ -38,9 +36,9 @@ pub fn run(rounds: usize) -> Result<Vec<Row>> {
 }
 
 fn jailed_reply(jails: &Path, sockets: &Sockets) -> Result<f64> {
-    let mut command = Command::new(place::jailer());
+    let mut command = Command::new(programs::jailer());
     command.args(["--id", "bench", "--uid", USER, "--gid", USER]);
-    command.arg("--chroot-base-dir").arg(jails).arg("--exec-file").arg(place::monitor());
+    command.arg("--chroot-base-dir").arg(jails).arg("--exec-file").arg(programs::monitor());
     command.args(["--", "--level", "error", "--api-sock", "/api.sock"]);
     let mut server = Server::start(&mut command, sockets, "api.sock")?;
     server.ask("GET /", "", 200)?;
@@ -51,7 +49,7 @@ fn jailed_reply(jails: &Path, sockets: &Sockets) -> Result<f64> {
 }
 
 fn namespaces_entered() -> Result<f64> {
-    let mut command = Command::new(place::reference("namespaces"));
+    let mut command = Command::new(programs::reference("namespaces"));
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let start = now();
     let mut child = command.spawn()?;

@@ -11,6 +11,7 @@
 //! | [`guests`] | the monitor with QEMU's `microvm` machine | hardware KVM, else the rig |
 //! | [`image`] | a start through an image with a direct one; pages of a launch with their limit | this machine's `/dev/kvm` |
 //! | [`hashing`] | the first stage's copying and hashing with the same code on its host | where the guests run |
+//! | [`programs`] | what of these runs, as an installation leaves it | |
 //! | [`report`] | medians, the table, `bench.json` | |
 //!
 //! `make bench` runs all and ends with the table. What the numbers mean, and
@@ -29,6 +30,7 @@ pub mod inside;
 pub mod jail;
 pub mod machines;
 pub mod peers;
+pub mod programs;
 pub mod report;
 pub mod server;
 pub mod start_up;

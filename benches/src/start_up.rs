@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::api::domain;
 use crate::report::{Better, Row, Subject};
 use crate::server::{self, now};
-use crate::{Result, in_turns, progress};
+use crate::{Result, in_turns, programs, progress};
 
 /// Memory of the guest, MiB; `floor` has the same.
 pub const MEMORY: u64 = 128;
@@ -50,7 +50,7 @@ pub fn run(rounds: usize) -> Result<Vec<Row>> {
         measure(monitor.command().arg("--start-time-us=0"), &status, &["phases", "user_space"])
     };
     let theirs = || {
-        let mut command = Command::new(place::reference("floor"));
+        let mut command = Command::new(programs::reference("floor"));
         measure(command.arg(place::payload("first")).arg(&status), &status, &["user_space"])
     };
     let (ours, theirs) = in_turns(rounds, ours, theirs)?;
@@ -76,7 +76,7 @@ pub struct Monitor {
 impl Monitor {
     /// With the configuration in this file.
     pub fn new(config: PathBuf, status: &Path) -> Self {
-        Self { program: place::monitor(), config, status: status.to_owned() }
+        Self { program: programs::monitor(), config, status: status.to_owned() }
     }
 
     /// The command, to which more may be added.

@@ -6,7 +6,7 @@ use std::{env, fs};
 
 use cofferdam_benches::guests::Rounds;
 use cofferdam_benches::report::{self, Row};
-use cofferdam_benches::{Result, api, crowd, guests, image, inside, jail, progress, start_up};
+use cofferdam_benches::{Result, api, crowd, guests, image, inside, jail, programs, progress, start_up};
 use cofferdam_tests::place;
 
 /// Numbers of runs: more make the medians steadier, and `make bench` longer.
@@ -23,9 +23,9 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
         [] => all(),
-        ["start-up"] => start_up::run(STARTS).map(show),
-        ["image"] => image::run(IMAGES).map(show),
-        ["api"] => api_and_jail().map(show),
+        ["start-up"] => programs::install().and_then(|()| start_up::run(STARTS)).map(show),
+        ["image"] => programs::install().and_then(|()| image::run(IMAGES)).map(show),
+        ["api"] => programs::install().and_then(|()| api_and_jail()).map(show),
         ["hash"] => guests::run(Rounds { hashes: HASHES, ..Rounds::default() }).map(show),
         ["boot"] => guests::run(Rounds { boots: BOOTS, ..Rounds::default() }).map(show),
         ["devices"] => guests::run(Rounds { devices: DEVICES, ..Rounds::default() }).map(show),
@@ -48,6 +48,7 @@ fn show(rows: Vec<Row>) {
 }
 
 fn all() -> Result<()> {
+    programs::install()?;
     let mut rows = start_up::run(STARTS)?;
     rows.extend(image::run(IMAGES)?);
     rows.extend(api_and_jail()?);
