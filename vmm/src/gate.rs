@@ -75,10 +75,12 @@ impl Gate {
     }
 
     fn change(&self, state: u8) {
-        let _guard = self.guard();
+        let guard = self.guard();
         if self.state.load(Ordering::Acquire) != ENDED {
             self.state.store(state, Ordering::Release);
         }
+        // Whoever is woken need not wait for the lock.
+        drop(guard);
         self.changed.notify_all();
     }
 
