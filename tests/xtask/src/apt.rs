@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::cache::Cache;
+use crate::cache::{Cache, Lock};
 use crate::{Error, tool};
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -136,6 +136,8 @@ fn stanza_sources(stanza: &[(String, Vec<String>)]) -> Vec<Source> {
 #[derive(Debug)]
 pub struct Apt {
     options: Vec<String>,
+    /// The state is used by nobody else.
+    _lock: Lock,
 }
 
 impl Apt {
@@ -149,7 +151,7 @@ impl Apt {
             });
         }
         let mirrors = Mirrors::of_this_machine()?;
-        let state = cache.state(name);
+        let (state, lock) = cache.state(name)?;
         for directory in ["lists/partial", "cache/archives/partial"] {
             let path = state.join(directory);
             fs::create_dir_all(&path).map_err(Error::file("create", &path))?;
@@ -159,7 +161,7 @@ impl Apt {
             let path = state.join(file);
             fs::write(&path, content).map_err(Error::file("write", &path))?;
         }
-        let apt = Self { options: options(&state) };
+        let apt = Self { options: options(&state), _lock: lock };
         tool::progress(format_args!("reading package lists of {name} from {}", mirrors.main));
         tool::run(apt.command("apt-get").args(["-qq", "update"]))?;
         Ok(apt)

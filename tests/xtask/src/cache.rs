@@ -3,12 +3,15 @@
 //!
 //! Each entry is a directory `NAME-KEY`, where KEY is a digest of its recipe,
 //! so that a changed recipe makes a new entry and two checkouts of different
-//! age can share the cache. An entry is made in a temporary directory and
-//! renamed when it is complete: whoever sees it sees all of it. One lock file
-//! keeps two processes from making entries at once; entries that exist are
-//! read without it. The cache may be deleted at any time nobody uses it.
+//! age can share the cache. An entry is made in a directory of another name and
+//! renamed when it is complete: whoever sees it sees all of it. Whoever makes it
+//! has a lock on that directory, so that two processes do not make the same entry
+//! at once; others they make, and entries that exist are read without any lock.
+//! The cache may be deleted at any time nobody uses it.
 
 use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::{Error, tool};
@@ -45,10 +48,11 @@ impl Cache {
         Ok(Self { root })
     }
 
-    /// A directory for state that is no entry, such as package lists. It is
-    /// used by the makers of entries only, so the lock guards it.
-    pub fn state(&self, name: &str) -> PathBuf {
-        self.root.join("state").join(name)
+    /// A directory for state that is no entry, such as package lists, which is this caller's until the lock is dropped.
+    pub fn state(&self, name: &str) -> Result<(PathBuf, Lock), Error> {
+        let path = self.root.join("state").join(name);
+        let lock = self.lock_directory(&path)?;
+        Ok((path, lock))
     }
 
     /// The entry `name` made by `recipe`: as it is if there is one, else `make`
@@ -60,17 +64,25 @@ impl Cache {
         recipe: &[&[u8]],
         make: impl FnOnce(&Path) -> Result<(), Error>,
     ) -> Result<PathBuf, Error> {
-        let path = self.root.join(format!("{name}-{:016x}", digest(recipe)));
+        let name = format!("{name}-{:016x}", digest(recipe));
+        let path = self.root.join(&name);
         if path.is_dir() {
             return Ok(path);
         }
-        let _lock = self.lock()?;
-        if path.is_dir() {
-            return Ok(path);
-        }
-        self.remove_unfinished()?;
         let unfinished = self.root.join(format!("{UNFINISHED}{name}"));
-        fs::create_dir(&unfinished).map_err(Error::file("create", &unfinished))?;
+        let _lock = loop {
+            self.remove_left()?;
+            let lock = self.lock_directory(&unfinished)?;
+            // Else its maker was killed while this process waited.
+            if fs::read_dir(&unfinished).map_err(Error::file("read", &unfinished))?.next().is_none() {
+                break lock;
+            }
+        };
+        if path.is_dir() {
+            // Another process has made it meanwhile.
+            fs::remove_dir(&unfinished).map_err(Error::file("remove", unfinished))?;
+            return Ok(path);
+        }
         if let Err(error) = make(&unfinished) {
             // The error tells more than a failure to clean up would, and the
             // next entry that is made cleans up again.
@@ -81,29 +93,67 @@ impl Cache {
         Ok(path)
     }
 
-    fn lock(&self) -> Result<File, Error> {
-        let path = self.root.join("lock");
-        let file =
-            File::options().create(true).append(true).open(&path).map_err(Error::file("open", &path))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                tool::progress(format_args!("waiting for another xtask that fills {}", self.root.display()));
-                file.lock().map_err(Error::file("lock", &path))?;
+    /// Makes sure that there is a directory `path`, and waits until nobody else has it locked.
+    fn lock_directory(&self, path: &Path) -> Result<Lock, Error> {
+        loop {
+            fs::create_dir_all(path).map_err(Error::file("create", path))?;
+            let Some(directory) = open(path)? else { continue };
+            match directory.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    tool::progress(format_args!("waiting for another xtask that fills {}", path.display()));
+                    directory.lock().map_err(Error::file("lock", path))?;
+                }
+                Err(TryLockError::Error(error)) => return Err(Error::file("lock", path)(error)),
             }
-            Err(TryLockError::Error(error)) => return Err(Error::file("lock", &path)(error)),
+            // While this one waited it may have been renamed, or removed.
+            if is_at(&directory, path)? {
+                return Ok(Lock { _directory: directory });
+            }
         }
-        Ok(file)
     }
 
-    fn remove_unfinished(&self) -> Result<(), Error> {
+    /// Removes what makers have left that were killed.
+    fn remove_left(&self) -> Result<(), Error> {
         for entry in fs::read_dir(&self.root).map_err(Error::file("read", &self.root))? {
             let path = entry.map_err(Error::file("read", &self.root))?.path();
-            if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(UNFINISHED)) {
+            if !path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(UNFINISHED)) {
+                continue;
+            }
+            // Its maker, if there is one, has it locked.
+            if let Some(directory) = open(&path)?
+                && directory.try_lock().is_ok()
+                && is_at(&directory, &path)?
+            {
                 fs::remove_dir_all(&path).map_err(Error::file("remove", &path))?;
             }
         }
         Ok(())
+    }
+}
+
+/// That a directory of the cache is this process's alone, as long as this is not dropped.
+#[derive(Debug)]
+pub struct Lock {
+    _directory: File,
+}
+
+/// Opens a directory; none if there is none any more.
+fn open(path: &Path) -> Result<Option<File>, Error> {
+    match File::open(path) {
+        Ok(directory) => Ok(Some(directory)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::file("open", path)(error)),
+    }
+}
+
+/// Whether `path` is still the name of this open directory.
+fn is_at(directory: &File, path: &Path) -> Result<bool, Error> {
+    let own = directory.metadata().map_err(Error::file("look at", path))?;
+    match fs::metadata(path) {
+        Ok(other) => Ok((own.dev(), own.ino()) == (other.dev(), other.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::file("look at", path)(error)),
     }
 }
 
@@ -152,12 +202,46 @@ mod tests {
             Err(Error::Unavailable { what: "thing".into(), reason: "test".into() })
         };
         assert!(cache.entry("thing", &[b"a"], fail).is_err());
-        fs::create_dir_all(directory.path().join("unfinished-thing/deep")).unwrap();
+        fs::create_dir_all(directory.path().join("unfinished-thing-0/deep")).unwrap();
         let entry = cache.entry("thing", &[b"a"], make_file("one")).unwrap();
         let mut names: Vec<_> =
             fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
-        assert_eq!(names, ["lock".as_ref(), entry.file_name().unwrap()]);
+        assert_eq!(names, [entry.file_name().unwrap()]);
+    }
+
+    #[test]
+    fn one_entry_does_not_wait_for_another_that_is_being_made() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::at(directory.path()).unwrap();
+        let slow = |slow: &Path| {
+            fs::write(slow.join("begun"), "x").unwrap();
+            cache.entry("quick", &[], make_file("quick")).unwrap();
+            let _state = cache.state("lists").unwrap();
+            // What it has made so far was not taken for something that was left.
+            assert_eq!(fs::read_to_string(slow.join("begun")).unwrap(), "x");
+            Ok(())
+        };
+        cache.entry("slow", &[], slow).unwrap();
+    }
+
+    #[test]
+    fn a_state_has_one_user_at_a_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::at(directory.path()).unwrap();
+        let (users, at_once) = (std::sync::atomic::AtomicU32::new(0), std::sync::atomic::AtomicU32::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    let _state = cache.state("lists").unwrap();
+                    let now = users.fetch_add(1, std::sync::atomic::Ordering::SeqCst) + 1;
+                    at_once.fetch_max(now, std::sync::atomic::Ordering::SeqCst);
+                    std::thread::yield_now();
+                    users.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                });
+            }
+        });
+        assert_eq!(at_once.into_inner(), 1);
     }
 
     #[test]
