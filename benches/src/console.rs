@@ -57,8 +57,13 @@ impl Console {
         }
     }
 
-    /// Waits until the monitor has ended.
-    pub fn end(mut self) -> Result<()> {
+    /// The monitor's process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the monitor has ended. Returns the last line.
+    pub fn end(mut self) -> Result<String> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -68,7 +73,10 @@ impl Console {
             }
         }
         let status = self.child.wait()?;
-        if status.success() { Ok(()) } else { Err(self.failure(&format!("the monitor ended with {status}"))) }
+        if !status.success() {
+            return Err(self.failure(&format!("the monitor ended with {status}")));
+        }
+        Ok(self.seen.lines().last().unwrap_or_default().to_owned())
     }
 
     fn keep(&mut self, line: &str) {

@@ -83,7 +83,7 @@ pub fn run(rounds: Rounds) -> Result<Vec<Row>> {
     write_initrds(&assets, &plan)?;
     let path = directory.path().join("plan.json");
     fs::write(&path, serde_json::to_vec(&plan)?)?;
-    let findings: Findings = serde_json::from_slice(&inner_half(&assets, &path)?)?;
+    let findings: Findings = serde_json::from_slice(&inner_half(&assets, "inside", &path)?)?;
     Ok(rows(&findings, &reference_name))
 }
 
@@ -113,15 +113,15 @@ fn write_initrds(assets: &Assets, plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-/// Runs `bench inside PLAN`; returns its stdout.
-fn inner_half(assets: &Assets, plan: &Path) -> Result<Vec<u8>> {
+/// Runs `bench WORD PLAN` where guests run; returns its stdout.
+pub fn inner_half(assets: &Assets, word: &str, plan: &Path) -> Result<Vec<u8>> {
     let program = std::env::current_exe()?;
     if xtask::hardware_kvm() {
-        let output = Command::new(program).arg("inside").arg(plan).stderr(Stdio::inherit()).output()?;
+        let output = Command::new(program).arg(word).arg(plan).stderr(Stdio::inherit()).output()?;
         return if output.status.success() { Ok(output.stdout) } else { Err("the guests failed".into()) };
     }
     progress("no hardware virtualisation: starting the rig");
-    let request = Request::new(vec![program.into(), "inside".into(), plan.into()], PATIENCE);
+    let request = Request::new(vec![program.into(), word.into(), plan.into()], PATIENCE);
     let mut output = Vec::new();
     match rig::run(assets, &request, &mut output, &mut std::io::stderr())? {
         0 => Ok(output),

@@ -105,7 +105,7 @@ pub fn run(plan: &Path) -> Result<()> {
 }
 
 /// As many rounds as there is time for.
-fn rounds(most: usize, time: Duration) -> impl Iterator<Item = usize> {
+pub fn rounds(most: usize, time: Duration) -> impl Iterator<Item = usize> {
     let start = Instant::now();
     (0..most).take_while(move |round| *round < FEWEST_ROUNDS || start.elapsed() < time)
 }

@@ -9,6 +9,7 @@
 //! | [`jail`] | the jailer with `namespaces`, which only enters those of a jail | this machine |
 //! | [`crowd`] | many domains with as many of `floor`, and late ones with early ones | this machine's `/dev/kvm` |
 //! | [`guests`] | the monitor with QEMU's `microvm` machine | hardware KVM, else the rig |
+//! | [`containers`] | containers in domains with direct boots of the same kernels | hardware KVM, else the rig |
 //! | [`image`] | a start through an image with a direct one; pages of a launch with their limit | this machine's `/dev/kvm` |
 //! | [`hashing`] | the first stage's copying and hashing with the same code on its host | where the guests run |
 //! | [`programs`] | what of these runs, as an installation leaves it | |
@@ -22,6 +23,8 @@
 
 pub mod api;
 pub mod console;
+pub mod container_runs;
+pub mod containers;
 pub mod crowd;
 pub mod guests;
 pub mod hashing;

@@ -6,7 +6,9 @@ use std::{env, fs};
 
 use cofferdam_benches::guests::Rounds;
 use cofferdam_benches::report::{self, Row};
-use cofferdam_benches::{Result, api, crowd, guests, image, inside, jail, programs, progress, start_up};
+use cofferdam_benches::{
+    Result, api, container_runs, containers, crowd, guests, image, inside, jail, programs, progress, start_up,
+};
 use cofferdam_tests::place;
 
 /// Numbers of runs: more make the medians steadier, and `make bench` longer.
@@ -17,6 +19,7 @@ const CROWDS: usize = 20;
 const BOOTS: usize = 5;
 const DEVICES: usize = 30;
 const HASHES: usize = 5;
+const CONTAINERS: usize = 5;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -29,10 +32,12 @@ fn main() -> ExitCode {
         ["hash"] => guests::run(Rounds { hashes: HASHES, ..Rounds::default() }).map(show),
         ["boot"] => guests::run(Rounds { boots: BOOTS, ..Rounds::default() }).map(show),
         ["devices"] => guests::run(Rounds { devices: DEVICES, ..Rounds::default() }).map(show),
+        ["container"] => containers::run(CONTAINERS).map(show),
+        ["inside-containers", plan] => container_runs::run(Path::new(plan)),
         ["inside", plan] => inside::run(Path::new(plan)),
         // The rig starts this program as its agent.
         ["agent"] => xtask::agent::run().map_err(Into::into),
-        _ => Err("usage: bench [start-up | image | api | hash | boot | devices]".into()),
+        _ => Err("usage: bench [start-up | image | api | hash | boot | devices | container]".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -53,6 +58,7 @@ fn all() -> Result<()> {
     rows.extend(image::run(IMAGES)?);
     rows.extend(api_and_jail()?);
     rows.extend(guests::run(Rounds { boots: BOOTS, devices: DEVICES, hashes: HASHES })?);
+    rows.extend(containers::run(CONTAINERS)?);
     let path = place::root().join("target/bench.json");
     fs::write(&path, serde_json::to_vec_pretty(&rows)?)?;
     show(rows);
