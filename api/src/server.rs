@@ -194,7 +194,7 @@ async fn serve(listener: tokio::net::UnixListener, service: Service, mut stopped
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            _ = stopped.changed() => break,
+            _ = stopped.wait_for(|stopped| *stopped) => break,
         };
         let Ok((stream, _)) = accepted else {
             sleep(ACCEPT_PAUSE).await;
@@ -215,6 +215,16 @@ async fn serve(listener: tokio::net::UnixListener, service: Service, mut stopped
         let waits = Arc::new(AtomicBool::new(false));
         let task = tasks.spawn(serve_connection(stream, service.clone(), waits.clone(), stopped.clone()));
         connections.push_back(Connection { task, waits });
+    }
+    // Who has connected by now is still heard.
+    for _ in 0..MAX_CONNECTIONS {
+        tokio::select! {
+            biased;
+            Ok((stream, _)) = listener.accept() => {
+                tasks.spawn(serve_connection(stream, service.clone(), Arc::default(), stopped.clone()));
+            }
+            () = end(&mut stopped) => break,
+        }
     }
     drop(listener);
     // The rest is aborted with `tasks`.
@@ -241,10 +251,20 @@ async fn serve_connection(
     );
     // A connection that breaks is its client's affair.
     tokio::select! {
+        biased;
         _ = connection.as_mut() => return,
-        _ = stopped.changed() => connection.as_mut().graceful_shutdown(),
+        () = end(&mut stopped) => connection.as_mut().graceful_shutdown(),
     }
     let _ = connection.await;
+}
+
+/// The end, once everything that had come before it has been looked at.
+async fn end(stopped: &mut watch::Receiver<bool>) {
+    // The sender lives as long as what is served.
+    let _ = stopped.wait_for(|stopped| *stopped).await;
+    for _ in 0..2 {
+        tokio::task::yield_now().await;
+    }
 }
 
 /// What answers requests.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use cofferdam_confidential::image::compose::Options;
 use cofferdam_container_protocol::step::Step;
 use cofferdam_firmware::sha256::Method;
-use cofferdam_tests::api::ApiMonitor;
+use cofferdam_tests::api::{ApiMonitor, Connection};
 use cofferdam_tests::image::Image;
 use cofferdam_tests::{Run, place};
 use rustix::process::{Pid, Signal, kill_process};
@@ -55,9 +55,7 @@ impl Container {
 
     /// Starts it.
     fn start(&self) -> Domain {
-        let monitor = ApiMonitor::start(self.folder.path());
-        monitor.done("PUT /vm?start=true", &self.config.to_string());
-        Domain::of(monitor)
+        Domain::start(ApiMonitor::start(self.folder.path()), "PUT /vm?start=true", &self.config.to_string())
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -65,16 +63,21 @@ impl Container {
     }
 }
 
-/// A domain, and its console.
+/// A domain, its console, and where its end will be told.
 struct Domain {
     monitor: ApiMonitor,
     console: BufReader<ChildStdout>,
+    wait: Connection,
 }
 
 impl Domain {
-    fn of(mut monitor: ApiMonitor) -> Self {
+    /// Starts it by this request. Its end is asked for before, since it may come at once.
+    fn start(mut monitor: ApiMonitor, request: &str, body: &str) -> Self {
         let (_, console) = monitor.console();
-        Self { monitor, console: BufReader::new(console) }
+        let mut wait = monitor.connect();
+        wait.send("GET /vm/wait", "");
+        monitor.done(request, body);
+        Self { monitor, console: BufReader::new(console), wait }
     }
 
     /// Waits until the guest serves requests.
@@ -93,7 +96,7 @@ impl Domain {
 
     /// How it ended, and what was on the console.
     fn end(mut self) -> (Value, String) {
-        let (status, end) = self.monitor.ask("GET /vm/wait", "");
+        let (status, end) = self.wait.answer();
         assert_eq!(status, 200);
         self.monitor.finish();
         let mut console = String::new();
@@ -164,8 +167,7 @@ fn every_step_is_told_in_its_order() {
     let status = container.path("status");
     let arguments = ["--status-file".into(), status.clone().into()];
     let monitor = ApiMonitor::with(container.folder.path(), &arguments);
-    monitor.done("PUT /vm?start=true", &container.config.to_string());
-    let (end, _) = Domain::of(monitor).end();
+    let (end, _) = Domain::start(monitor, "PUT /vm?start=true", &container.config.to_string()).end();
     for step in Step::ALL {
         assert!(end["phases"][format!("init_{step}")].is_u64(), "{step}: {end}");
     }
@@ -195,8 +197,7 @@ fn a_flood_of_reports_is_a_few_lines_of_the_log() {
     let log = container.path("log");
     let arguments = ["--log-path".into(), log.clone().into(), "--level".into(), "Info".into()];
     let monitor = ApiMonitor::with(container.folder.path(), &arguments);
-    monitor.done("PUT /vm?start=true", &container.config.to_string());
-    let (end, _) = Domain::of(monitor).end();
+    let (end, _) = Domain::start(monitor, "PUT /vm?start=true", &container.config.to_string()).end();
     assert_eq!(end["exit_code"], 5, "{end}");
     let lines = fs::read_to_string(log).unwrap().matches("the guest's init reports").count();
     assert!((2..=257).contains(&lines), "{lines} lines");
@@ -278,8 +279,7 @@ fn what_is_wrong_is_refused_by_field_and_leaves_nothing() {
     assert_eq!(shown["container"], config["container"]);
     let refusal = monitor.refusal("GET /container/stats", "");
     assert_eq!(refusal, "The requested operation is not supported before starting the microVM.");
-    monitor.done("PUT /actions", r#"{"action_type": "InstanceStart"}"#);
-    let (end, _) = Domain::of(monitor).end();
+    let (end, _) = Domain::start(monitor, "PUT /actions", r#"{"action_type": "InstanceStart"}"#).end();
     assert_eq!(end["container"]["manifest_digest"], digest());
 }
 
@@ -459,8 +459,7 @@ fn descriptors_are_as_good_as_paths() {
     assert!(
         monitor.refusal("PUT /vm?start=true", &bad.to_string()).starts_with("container.layers[1]: fd:15: ")
     );
-    monitor.done("PUT /vm?start=true", &container.config.to_string());
-    let (end, console) = Domain::of(monitor).end();
+    let (end, console) = Domain::start(monitor, "PUT /vm?start=true", &container.config.to_string()).end();
     assert_eq!(end["exit_code"], 0, "{console}");
     assert!(console.contains("scratch 4096 rw ssssssssssssssss"), "{console}");
 }

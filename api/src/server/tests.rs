@@ -248,6 +248,19 @@ fn the_end_sends_answers_under_way() {
 }
 
 #[test]
+fn who_asked_before_the_end_is_answered_whether_or_not_anybody_had_looked() {
+    for round in 0..200 {
+        let mut server = Fixture::new();
+        let mut clients: Vec<_> = (0..3).map(|_| server.connect()).collect();
+        clients.iter_mut().for_each(|client| client.send("GET /version", ""));
+        drop(server.server.take());
+        for client in &mut clients {
+            assert_eq!(client.answer().0, 200, "round {round}");
+        }
+    }
+}
+
+#[test]
 fn requests_are_counted_by_route_and_result() {
     let fixture = Fixture::new();
     fixture.ask("GET /version", "");

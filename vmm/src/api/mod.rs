@@ -124,10 +124,7 @@ impl Api {
 
     /// Tells those who wait how it ended, and ends the API.
     pub fn finish(self, outcome: Outcome) {
-        let status = VmStatus::stopped(&self.id, outcome);
-        for reply in self.waiters.lock().drain(..) {
-            reply.send(Ok(VmmData::Status(Box::new(status.clone()))));
-        }
+        self.waiters.tell(VmStatus::stopped(&self.id, outcome));
     }
 }
 
@@ -188,19 +185,38 @@ fn survey(before_start: bool) -> ActionResult {
     survey.map(VmmData::Host).map_err(|error| ActionError::Failed(format!("the host: {error}")))
 }
 
-/// Those who wait for the end: at most as many as there are connections, as those who have gone are forgotten
-/// when another one comes.
+/// Those who wait for the end.
 #[derive(Clone, Default)]
-struct Waiters(Arc<Mutex<Vec<Reply>>>);
+struct Waiters(Arc<Mutex<Waiting>>);
+
+#[derive(Default)]
+struct Waiting {
+    /// At most as many as there are connections, as those who have gone are forgotten when another one comes.
+    replies: Vec<Reply>,
+    /// How it ended, once that is known.
+    status: Option<VmStatus>,
+}
 
 impl Waiters {
     fn add(&self, reply: Reply) {
-        let mut waiters = self.lock();
-        waiters.retain(Reply::is_wanted);
-        waiters.push(reply);
+        let mut waiting = self.lock();
+        if let Some(status) = &waiting.status {
+            return reply.send(Ok(VmmData::Status(Box::new(status.clone()))));
+        }
+        waiting.replies.retain(Reply::is_wanted);
+        waiting.replies.push(reply);
     }
 
-    /// Answers what is asked when the domain has stopped, and its outcome is yet to be told.
+    /// Tells them, and whoever still asks.
+    fn tell(&self, status: VmStatus) {
+        let mut waiting = self.lock();
+        for reply in waiting.replies.drain(..) {
+            reply.send(Ok(VmmData::Status(Box::new(status.clone()))));
+        }
+        waiting.status = Some(status);
+    }
+
+    /// Answers what is asked when the domain has stopped.
     fn too_late(&self, envelope: Envelope) {
         match envelope.action {
             VmmAction::Wait => self.add(envelope.reply),
@@ -210,7 +226,7 @@ impl Waiters {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Reply>> {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -268,12 +268,30 @@ fn each_action_when_the_domain_has_stopped() {
         let told = answer.now().map_or(Later, kind);
         assert_eq!(told, is, "{request} {body}");
         if is == Later {
-            for reply in waiters.lock().drain(..) {
+            for reply in waiters.lock().replies.drain(..) {
                 reply.send(Ok(VmmData::Empty));
             }
             assert_eq!(answer.now(), Some(Ok(VmmData::Empty)));
         }
     }
+}
+
+#[test]
+fn who_asks_once_the_outcome_is_told_hears_it_at_once() {
+    let waiters = Waiters::default();
+    let Some(Ok(VmmData::Status(status))) = run_time().act(action("GET /vm", "")) else {
+        panic!("no status")
+    };
+    let wait = || {
+        let (reply, answer) = Reply::pair();
+        waiters.too_late(Envelope { action: action("GET /vm/wait", ""), reply });
+        answer
+    };
+    let mut before = wait();
+    assert_eq!(before.now(), None);
+    waiters.tell(*status.clone());
+    let told = Some(Ok(VmmData::Status(status)));
+    assert_eq!((before.now(), wait().now()), (told.clone(), told));
 }
 
 #[test]
