@@ -55,6 +55,11 @@ impl Cache {
         Ok((path, lock))
     }
 
+    /// Whether there is an entry `name` made by `recipe`.
+    pub fn has(&self, name: &str, recipe: &[&[u8]]) -> bool {
+        self.root.join(full_name(name, recipe)).is_dir()
+    }
+
     /// The entry `name` made by `recipe`: as it is if there is one, else `make`
     /// fills a new directory. `recipe` must say everything that the result
     /// depends on.
@@ -64,7 +69,7 @@ impl Cache {
         recipe: &[&[u8]],
         make: impl FnOnce(&Path) -> Result<(), Error>,
     ) -> Result<PathBuf, Error> {
-        let name = format!("{name}-{:016x}", digest(recipe));
+        let name = full_name(name, recipe);
         let path = self.root.join(&name);
         if path.is_dir() {
             return Ok(path);
@@ -155,6 +160,11 @@ fn is_at(directory: &File, path: &Path) -> Result<bool, Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(Error::file("look at", path)(error)),
     }
+}
+
+/// The directory of the entry `name` made by `recipe`.
+fn full_name(name: &str, recipe: &[&[u8]]) -> String {
+    format!("{name}-{:016x}", digest(recipe))
 }
 
 /// 64-bit FNV-1a of `parts`, each ended by its length. It tells recipes apart;

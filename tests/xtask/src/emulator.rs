@@ -8,8 +8,11 @@ use crate::apt::Apt;
 use crate::cache::Cache;
 use crate::{Error, tool};
 
-/// Debian's source package that the series is made for, of trixie-security.
-const SOURCE: &str = "qemu=1:10.0.13+ds-0+deb13u1";
+/// Debian's source package.
+const SOURCE: &str = "qemu";
+
+/// The version of it that the series is made for, of trixie-security.
+const VERSION: &str = "1:10.0.13+ds-0+deb13u1";
 
 /// What the emulator is linked to.
 const RUNTIME_PACKAGES: [&str; 7] =
@@ -58,15 +61,77 @@ const CONFIGURE: &[&str] = &[
 /// libraries it needs are there.
 pub fn fetch(cache: &Cache) -> Result<PathBuf, Error> {
     let series = series()?;
-    let mut recipe: Vec<&[u8]> = vec![b"1", SOURCE.as_bytes()];
-    recipe.extend(series.iter().map(|(_, content)| content.as_slice()));
-    let entry = cache.entry("qemu", &recipe, |directory| {
+    let pinned = format!("{SOURCE}={VERSION}");
+    let is_built = cache.has("qemu", &recipe(&pinned, &series));
+    let source = if is_built { pinned } else { offered_source(cache, &recipe(&pinned, &series))? };
+    let entry = cache.entry("qemu", &recipe(&source, &series), |directory| {
         let program = directory.join("qemu-system-x86_64");
-        build(cache, &series, directory, &program)
+        build(cache, &source, &series, directory, &program)
     })?;
     let program = entry.join("qemu-system-x86_64");
     check(&program)?;
     Ok(program)
+}
+
+/// What an emulator depends on that is built of the source package `source` with `series`.
+fn recipe<'a>(source: &'a str, series: &'a [(PathBuf, Vec<u8>)]) -> Vec<&'a [u8]> {
+    let patches = series.iter().map(|(_, content)| content.as_slice());
+    [b"1", source.as_bytes()].into_iter().chain(patches).collect()
+}
+
+/// The source package to build for what `wanted` is the recipe of: that of [`VERSION`], or what has taken its place. The choice is kept,
+/// so that what was built stays in use.
+fn offered_source(cache: &Cache, wanted: &[&[u8]]) -> Result<String, Error> {
+    let entry = cache.entry("qemu-version", wanted, |directory| {
+        let sources = source_packages(cache)?.show("showsrc", SOURCE)?;
+        let offered = sources.iter().filter(|source| source.get("Package") == Some(SOURCE));
+        let offered: Vec<&str> = offered.filter_map(|source| source.get("Version")).collect();
+        let version = choose_version(VERSION, &offered)?;
+        let path = directory.join("version");
+        fs::write(&path, version).map_err(Error::file("write", path))
+    })?;
+    let path = entry.join("version");
+    let version = fs::read_to_string(&path).map_err(Error::file("read", path))?;
+    if version != VERSION {
+        tool::progress(format_args!(
+            "Debian does not offer {SOURCE} {VERSION}: taking {version} in its place"
+        ));
+    }
+    Ok(format!("{SOURCE}={version}"))
+}
+
+/// `pinned` if it is offered, else the newest that is offered of the same upstream series.
+fn choose_version<'a>(pinned: &str, offered: &[&'a str]) -> Result<&'a str, Error> {
+    if let Some(version) = offered.iter().find(|version| **version == pinned) {
+        return Ok(version);
+    }
+    let mut newest = None;
+    for version in offered.iter().copied().filter(|version| series_of(version) == series_of(pinned)) {
+        if newest.map_or(Ok(true), |newest| is_newer(version, newest))? {
+            newest = Some(version);
+        }
+    }
+    newest.ok_or_else(|| Error::Unavailable {
+        what: format!("the source of {SOURCE} {pinned}, or a newer one of its series"),
+        reason: format!("Debian offers {}", offered.join(", ")),
+    })
+}
+
+/// Epoch and the first two numbers of a version: `1:10.0.13+ds-1` is of `1:10.0`.
+fn series_of(version: &str) -> Option<&str> {
+    let (point, _) = version.match_indices('.').nth(1)?;
+    version.get(..point)
+}
+
+fn is_newer(version: &str, than: &str) -> Result<bool, Error> {
+    let mut compare = Command::new("dpkg");
+    let status = compare.args(["--compare-versions", version, "gt", than]).status();
+    Ok(status.map_err(|source| Error::Start { program: "dpkg".into(), source })?.success())
+}
+
+/// The source packages of Debian 13.
+fn source_packages(cache: &Cache) -> Result<Apt, Error> {
+    Apt::new(cache, "trixie-source", &["deb-src main trixie", "deb-src security trixie-security"])
 }
 
 /// The directory of the emulated machine's firmware: SeaBIOS, and the option
@@ -116,9 +181,10 @@ fn series() -> Result<Vec<(PathBuf, Vec<u8>)>, Error> {
     paths.into_iter().map(content).collect()
 }
 
-/// Builds the emulator in `directory` and moves it to `program`.
+/// Builds the emulator of the source package `source` in `directory` and moves it to `program`.
 fn build(
     cache: &Cache,
+    source: &str,
     series: &[(PathBuf, Vec<u8>)],
     directory: &Path,
     program: &Path,
@@ -131,8 +197,7 @@ fn build(
     fs::create_dir(&meson).map_err(Error::file("create", &meson))?;
     let lines = ["deb main bookworm-backports", "deb main bookworm"];
     Apt::new(cache, "bookworm-backports", &lines)?.unpack("meson/bookworm-backports", &meson)?;
-    let lines = ["deb-src main trixie", "deb-src security trixie-security"];
-    Apt::new(cache, "trixie-source", &lines)?.source(SOURCE, &work)?;
+    source_packages(cache)?.source(source, &work)?;
     let tree = unpack_source(&work)?;
     for (path, _) in series {
         tool::run(Command::new("patch").args(["-s", "-p1", "-i"]).arg(path).current_dir(&tree))?;
@@ -191,5 +256,46 @@ mod tests {
         }
         let last = String::from_utf8_lossy(&series.last().unwrap().1).into_owned();
         assert!(last.contains(&format!("[PATCH {0}/{0}]", series.len())));
+    }
+
+    const RELEASE: &str = "1:10.0.8+ds-0+deb13u1";
+    const NEXT: &str = "1:10.0.14+ds-0+deb13u1";
+    const OTHER: &str = "1:10.1.2+ds-1~bpo13+1";
+
+    #[test]
+    fn the_pinned_version_is_taken_while_it_is_offered() {
+        assert_eq!(choose_version(VERSION, &[NEXT, VERSION, RELEASE]).unwrap(), VERSION);
+    }
+
+    #[test]
+    fn then_the_newest_of_its_series_is() {
+        for offered in [[RELEASE, NEXT, OTHER], [NEXT, OTHER, RELEASE], [OTHER, RELEASE, NEXT]] {
+            assert_eq!(choose_version(VERSION, &offered).unwrap(), NEXT, "{offered:?}");
+        }
+        assert_eq!(
+            choose_version(VERSION, &["1:10.0.14+ds-1", "1:10.0.14+ds-0+deb13u2"]).unwrap(),
+            "1:10.0.14+ds-1"
+        );
+    }
+
+    #[test]
+    fn no_other_series_is_taken() {
+        for offered in [&[][..], &[OTHER], &["1:9.2.4+ds-1", "10.0.13", "1:10.10.1", "1:10"]] {
+            let error = choose_version(VERSION, offered).unwrap_err().to_string();
+            assert!(error.contains(VERSION) && error.contains(&offered.join(", ")), "{error}");
+        }
+    }
+
+    /// Debian is not asked again.
+    #[test]
+    fn a_choice_is_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::at(directory.path()).unwrap();
+        let entry = cache.entry("qemu-version", &[b"wanted"], |directory| {
+            fs::write(directory.join("version"), NEXT).unwrap();
+            Ok(())
+        });
+        entry.unwrap();
+        assert_eq!(offered_source(&cache, &[b"wanted"]).unwrap(), format!("qemu={NEXT}"));
     }
 }
