@@ -39,6 +39,20 @@ pub enum LaunchError {
         #[source]
         source: CommandError,
     },
+    /// KVM says that it has handed over pages, but not which ones: it cannot be so.
+    #[error(
+        "KVM_SEV_SNP_LAUNCH_UPDATE of {length:#x} bytes at {gpa:#x}: KVM says that {left:#x} bytes at {now:#x} are left"
+    )]
+    Progress {
+        /// Guest-physical address of the pages.
+        gpa: u64,
+        /// Their bytes.
+        length: u64,
+        /// Guest-physical address of those that are left.
+        now: u64,
+        /// Their bytes.
+        left: u64,
+    },
     /// By the secure processor, because of what is in the CPUID page.
     #[error("the secure processor refuses the CPUID page at {gpa:#x} twice: {first}; and then: {second}")]
     Cpuid {
@@ -88,6 +102,7 @@ impl LaunchError {
             Self::Item { source, .. } => source.is_of_image(),
             Self::Call { .. }
             | Self::Command { .. }
+            | Self::Progress { .. }
             | Self::Cpuid { .. }
             | Self::Conversion(ConversionError::Host { .. }) => false,
         }

@@ -18,6 +18,7 @@ pub mod command;
 pub mod cpuid;
 pub mod registers;
 pub mod termination;
+mod update;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -119,16 +120,11 @@ impl Snp {
             type_: page_type(kind)? as u8,
             ..Default::default()
         };
-        while update.len != 0 {
-            let before = update.len;
+        update::hand_over(&mut update, |update| {
             let gpa = update.gfn_start.saturating_mul(PAGE_SIZE);
-            let at = format!(" of {} at {gpa:#x}", name(kind, before / PAGE_SIZE));
-            launch(vm, &self.sev, &mut update, &at)?;
-            if update.len >= before {
-                let error = kvm_ioctls::Error::new(libc::EIO);
-                return Err(LaunchError::new("KVM_SEV_SNP_LAUNCH_UPDATE without progress", at, error));
-            }
-        }
+            let at = format!(" of {} at {gpa:#x}", name(kind, update.len / PAGE_SIZE));
+            launch(vm, &self.sev, update, &at)
+        })?;
         self.measure(gpa, kind, pages);
         Ok(())
     }
@@ -155,6 +151,15 @@ impl Snp {
                 PageKind::Unmeasured | PageKind::Shared | PageKind::SnpCpuidXf => LaunchPage::Unmeasured,
             };
             self.digest.add_page(gpa, page);
+        }
+    }
+
+    /// What can be said of the domain once its launch is finished.
+    fn sealed(&self) -> Sealed {
+        Sealed {
+            protected: self.policy & POLICY_DEBUG == 0,
+            policy: Some(self.policy),
+            digest: Some(self.digest.value()),
         }
     }
 
@@ -326,10 +331,9 @@ impl Platform for Snp {
             vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_AP_RESET_HOLD })
                 .map_err(|error| LaunchError::new("KVM_SET_MP_STATE", format!(" of vCPU {index}"), error))?;
         }
-        Ok(Sealed {
-            protected: self.policy & POLICY_DEBUG == 0,
-            policy: Some(self.policy),
-            digest: Some(self.digest.value()),
-        })
+        Ok(self.sealed())
     }
 }
+
+#[cfg(test)]
+mod tests;
