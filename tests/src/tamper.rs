@@ -29,6 +29,10 @@ pub enum Side {
 /// When a host does something. Each rule is followed once.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum When {
+    /// KVM has told the monitor what CPUID guests may have.
+    Supported,
+    /// The monitor hands over pages from this address on to the secure processor, for the time of this number, the first being 0.
+    HandOver(u64, u32),
     /// The launch has just been finished; no vCPU has run.
     Launched,
     /// The guest wants the page at this address on this side, for the first time since the launch.
@@ -42,6 +46,21 @@ pub enum When {
 /// What a host does.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum What {
+    /// Changes a register of a function of CPUID, EAX being 0: in what KVM supports, or on the page that is handed over.
+    Cpuid {
+        /// The function.
+        leaf: u32,
+        /// Number of the register.
+        register: usize,
+        /// What it has then.
+        value: u32,
+    },
+    /// Hands over no more than the first so many bytes, and says so.
+    HandOverPart(u64),
+    /// Says that so many of the bytes are left to be handed over, whatever was.
+    ClaimLeft(u64),
+    /// Does nothing, and answers with this errno.
+    Fail(i32),
     /// Nothing; the log says that it came to this.
     Note,
     /// Answers the guest that it cannot be done, after it was.
@@ -86,6 +105,8 @@ pub struct Plan {
 /// What a tracer saw or did.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
+    /// Pages were about to be handed over.
+    HandOver(Range<u64>),
     /// The launch was finished.
     Launched,
     /// Pages were about to change sides.

@@ -21,9 +21,10 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::domain::{inspected, run, succeeded};
+use crate::domain::{finish, inspected, run, succeeded};
 use crate::tampering::{refused, small_image};
 
+mod launch;
 mod linux;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_hostile-host");

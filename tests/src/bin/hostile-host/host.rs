@@ -1,5 +1,6 @@
 //! What a plan's host does at which call of the monitor.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::ops::Range;
@@ -18,11 +19,14 @@ use crate::trace::Thread;
 const SET_USER_MEMORY_REGION2: u32 = 0x40A0_AE49;
 const SET_MEMORY_ATTRIBUTES: u32 = 0x4020_AED2;
 const MEMORY_ENCRYPT_OP: u32 = 0xC008_AEBA;
+const GET_SUPPORTED_CPUID: u32 = 0xC008_AE05;
 const RUN: u32 = 0xAE80;
 /// `KVM_MEMORY_ATTRIBUTE_PRIVATE`.
 const PRIVATE: u64 = 1 << 3;
 /// `KVM_MEM_GUEST_MEMFD`.
 const GUEST_MEMFD: u64 = 1 << 2;
+/// `KVM_SEV_SNP_LAUNCH_UPDATE`.
+const LAUNCH_UPDATE: u64 = 101;
 /// `KVM_SEV_SNP_LAUNCH_FINISH`.
 const LAUNCH_FINISH: u64 = 102;
 /// Where `struct kvm_run` says why the vCPU has left the guest, and has the answer to a hypercall.
@@ -32,7 +36,8 @@ const HYPERCALL_RESULT: u64 = 88;
 const HYPERCALL: u64 = 3;
 
 /// The calls at which the monitor is stopped.
-pub const TRACED: [u32; 3] = [SET_USER_MEMORY_REGION2, SET_MEMORY_ATTRIBUTES, MEMORY_ENCRYPT_OP];
+pub const TRACED: [u32; 4] =
+    [GET_SUPPORTED_CPUID, SET_USER_MEMORY_REGION2, SET_MEMORY_ATTRIBUTES, MEMORY_ENCRYPT_OP];
 
 /// A number of a memory slot that no monitor uses.
 const FREE_SLOT: u64 = 1000;
@@ -75,11 +80,14 @@ struct Caller {
 pub struct Host {
     plan: Plan,
     log: File,
-    followed: Vec<bool>,
+    /// Which rules are done with.
+    done: Vec<bool>,
     launched: bool,
     told: bool,
     slots: Vec<Slot>,
     withheld: Vec<Range<u64>>,
+    /// How often pages were handed over, by the address of the first.
+    handed_over: BTreeMap<u64, u32>,
     /// The last change of sides, and how often it came in a row.
     last: Option<(Side, Range<u64>)>,
     repeated: u32,
@@ -91,15 +99,16 @@ impl Host {
     /// At the start.
     pub fn new(plan: Plan) -> io::Result<Self> {
         let log = File::options().append(true).open(&plan.log)?;
-        let followed = vec![false; plan.rules.len()];
+        let done = vec![false; plan.rules.len()];
         Ok(Self {
             plan,
             log,
-            followed,
+            done,
             launched: false,
             told: false,
             slots: Vec::new(),
             withheld: Vec::new(),
+            handed_over: BTreeMap::new(),
             last: None,
             repeated: 0,
             caller: None,
@@ -135,6 +144,7 @@ impl Host {
         let registers = thread.registers()?;
         // Requests have 32 bits.
         match registers.rsi as u32 {
+            GET_SUPPORTED_CPUID => self.cpuid(thread, &registers),
             SET_USER_MEMORY_REGION2 => self.slot(thread, &registers),
             MEMORY_ENCRYPT_OP => self.command(thread, &registers),
             SET_MEMORY_ATTRIBUTES => self.change(thread, &registers),
@@ -151,9 +161,11 @@ impl Host {
     }
 
     fn command(&mut self, thread: Thread, registers: &user_regs_struct) -> io::Result<()> {
-        let [id, ..]: [u64; 3] = thread.read(registers.rdx)?;
-        if id & u64::from(u32::MAX) != LAUNCH_FINISH {
-            return Ok(());
+        let [id, parameters, _]: [u64; 3] = thread.read(registers.rdx)?;
+        match id & u64::from(u32::MAX) {
+            LAUNCH_UPDATE => return self.hand_over(thread, parameters),
+            LAUNCH_FINISH => {}
+            _ => return Ok(()),
         }
         thread.to_next_call_stop()?;
         if thread.registers()?.rax == 0 {
@@ -162,6 +174,87 @@ impl Host {
             self.follow(caller(thread, registers), |when| matches!(when, When::Launched))?;
         }
         Ok(())
+    }
+
+    /// KVM is asked what CPUID it supports.
+    fn cpuid(&mut self, thread: Thread, registers: &user_regs_struct) -> io::Result<()> {
+        thread.to_next_call_stop()?;
+        let table = registers.rdx;
+        for (number, what) in self.due(|when| matches!(when, When::Supported)) {
+            let result = match what {
+                // `struct kvm_cpuid2`.
+                What::Cpuid { leaf, register, value } => {
+                    let [count]: [u32; 1] = thread.read(table)?;
+                    set_cpuid(
+                        thread,
+                        Entries { start: table + 8, count, size: 40, registers: 12 },
+                        leaf,
+                        register,
+                        value,
+                    )
+                }
+                _ => Err(io::Error::other("not here")),
+            };
+            self.followed(number, result)?;
+        }
+        Ok(())
+    }
+
+    /// Pages are to be handed over, as `struct kvm_sev_snp_launch_update` at `parameters` says.
+    fn hand_over(&mut self, thread: Thread, parameters: u64) -> io::Result<()> {
+        let [frame, address, length]: [u64; 3] = thread.read(parameters)?;
+        let gpa = frame << 12;
+        self.note(&Event::HandOver(gpa..gpa.saturating_add(length)))?;
+        let times = self.handed_over.entry(gpa).or_default();
+        let now = *times;
+        *times += 1;
+        let length_at = parameters + 16;
+        for (number, what) in
+            self.due(|when| matches!(when, When::HandOver(page, time) if (*page, *time) == (gpa, now)))
+        {
+            let result = match what {
+                // The page is of the SNP firmware's format.
+                What::Cpuid { leaf, register, value } => {
+                    let [count]: [u32; 1] = thread.read(address)?;
+                    set_cpuid(
+                        thread,
+                        Entries { start: address + 16, count, size: 48, registers: 24 },
+                        leaf,
+                        register,
+                        value,
+                    )
+                }
+                What::HandOverPart(part) => {
+                    thread.write(length_at, &[part])?;
+                    thread.to_next_call_stop()?;
+                    let [left]: [u64; 1] = thread.read(length_at)?;
+                    thread.write(length_at, &[left + length - part])
+                }
+                What::ClaimLeft(left) => {
+                    thread.to_next_call_stop()?;
+                    thread.write(length_at, &[left])
+                }
+                What::Fail(errno) => thread.skip_call(errno),
+                _ => Err(io::Error::other("not here")),
+            };
+            self.followed(number, result)?;
+        }
+        Ok(())
+    }
+
+    /// The rules whose time has come, which are followed with this.
+    fn due(&mut self, applies: impl Fn(&When) -> bool) -> Vec<(usize, What)> {
+        let rules = self.plan.rules.iter().enumerate().zip(&mut self.done);
+        let due = rules.filter(|((_, rule), done)| !**done && applies(&rule.when));
+        due.map(|((number, rule), done)| {
+            *done = true;
+            (number, rule.what.clone())
+        })
+        .collect()
+    }
+
+    fn followed(&mut self, number: usize, result: io::Result<()>) -> io::Result<()> {
+        self.note(&Event::Followed(number, result.err().map(|error| error.to_string())))
     }
 
     /// Pages are to change sides.
@@ -176,23 +269,23 @@ impl Host {
         let range = address..address.saturating_add(length);
         self.note_change(side, &range)?;
         if self.withheld.iter().any(|withheld| withheld.start < range.end && range.start < withheld.end) {
-            return thread.skip_call();
+            return thread.skip_call(0);
         }
         let told = self.told || (self.waits_for_word() && self.plan.told.exists());
         let applies = |when: &When| match when {
             When::Change(wanted, page) => *wanted == side && range.contains(page),
             When::Told(wanted) => told && *wanted == side,
-            When::Launched | When::Now => false,
+            _ => false,
         };
-        let mut rules = self.plan.rules.iter().zip(&self.followed);
-        if !rules.any(|(rule, followed)| !followed && applies(&rule.when)) {
+        let mut rules = self.plan.rules.iter().zip(&self.done);
+        if !rules.any(|(rule, done)| !done && applies(&rule.when)) {
             return Ok(());
         }
         let withholds = |what: &What| matches!(what, What::Withhold);
-        let mut rules = self.plan.rules.iter().zip(&self.followed);
-        if rules.any(|(rule, followed)| !followed && applies(&rule.when) && withholds(&rule.what)) {
+        let mut rules = self.plan.rules.iter().zip(&self.done);
+        if rules.any(|(rule, done)| !done && applies(&rule.when) && withholds(&rule.what)) {
             self.withheld.push(range.clone());
-            thread.skip_call()?;
+            thread.skip_call(0)?;
         }
         thread.to_next_call_stop()?;
         self.follow(caller, applies)
@@ -212,14 +305,9 @@ impl Host {
 
     /// Follows the rules whose time has come. The caller is at the end of a call, or was interrupted.
     fn follow(&mut self, caller: Caller, applies: impl Fn(&When) -> bool) -> io::Result<()> {
-        for number in 0..self.plan.rules.len() {
-            let rule = self.plan.rules[number].clone();
-            if self.followed[number] || !applies(&rule.when) {
-                continue;
-            }
-            self.followed[number] = true;
-            let result = self.act(caller, &rule.what).err().map(|error| error.to_string());
-            self.note(&Event::Followed(number, result))?;
+        for (number, what) in self.due(applies) {
+            let result = self.act(caller, &what);
+            self.followed(number, result)?;
         }
         Ok(())
     }
@@ -228,6 +316,9 @@ impl Host {
         let process = caller.thread.process()?;
         match what {
             What::Note | What::Withhold => Ok(()),
+            What::Cpuid { .. } | What::HandOverPart(_) | What::ClaimLeft(_) | What::Fail(_) => {
+                Err(io::Error::other("not here"))
+            }
             What::Refuse => refuse(caller.thread),
             What::WriteFile(path, offset, byte) => {
                 File::options().write(true).open(path)?.write_all_at(&[*byte], *offset)
@@ -329,6 +420,23 @@ impl Caller {
         }
         Ok(())
     }
+}
+
+/// A table of functions of CPUID in the monitor. An entry begins with the number of the function.
+struct Entries {
+    start: u64,
+    count: u32,
+    /// Bytes of an entry.
+    size: u64,
+    /// Where the registers begin in it.
+    registers: u64,
+}
+
+fn set_cpuid(thread: Thread, entries: Entries, leaf: u32, register: usize, value: u32) -> io::Result<()> {
+    let mut places = (0..u64::from(entries.count)).map(|number| entries.start + number * entries.size);
+    let is_it = |place: &u64| thread.read::<[u32; 1]>(*place).is_ok_and(|[number]| number == leaf);
+    let place = places.find(is_it).ok_or_else(|| io::Error::other("no such function"))?;
+    thread.write(place + entries.registers + 4 * register as u64, &[value])
 }
 
 /// Lets the thread of a vCPU go on to where it enters the guest again, and changes its answer to the guest's hypercall.

@@ -114,11 +114,11 @@ impl Thread {
         result(unsafe { libc::ptrace(libc::PTRACE_SETREGS, self.0, 0, from_ref(registers)) }).map(drop)
     }
 
-    /// Has the call at which it has stopped not be made, and return 0.
-    pub fn skip_call(self) -> io::Result<()> {
+    /// Has the call at which it has stopped not be made, and return 0, or fail with this errno.
+    pub fn skip_call(self, errno: i32) -> io::Result<()> {
         let mut registers = self.registers()?;
         registers.orig_rax = NO_CALL;
-        registers.rax = 0;
+        registers.rax = i64::from(-errno).cast_unsigned();
         self.set_registers(&registers)
     }
 
@@ -222,6 +222,8 @@ impl Thread {
 pub unsafe trait Plain: Copy {}
 // SAFETY: arrays of numbers.
 unsafe impl<const N: usize> Plain for [u64; N] {}
+// SAFETY: as above.
+unsafe impl<const N: usize> Plain for [u32; N] {}
 
 /// Has this process, and whatever it starts, stop for its tracer at ioctls with these requests.
 pub fn trace_ioctls(requests: &[u32]) -> io::Result<()> {
