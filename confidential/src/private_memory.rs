@@ -9,6 +9,7 @@
 //! before that. KVM counts an unclaimed page as shared, as marking all of a domain's memory at its start would take
 //! time that grows with the memory; a device is kept from it all the same.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -38,6 +39,15 @@ pub enum Side {
     Shared,
     /// Only the guest sees it.
     Private,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Shared => "shared",
+            Self::Private => "private",
+        })
+    }
 }
 
 /// A change that was not made.

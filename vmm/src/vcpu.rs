@@ -17,7 +17,7 @@ use crate::control::Control;
 use crate::exit::{self, KVM_EXIT_SNP_REQ_CERTS};
 use crate::gate::Gate;
 use crate::kick::{self, Kickable};
-use crate::page_state::PageState;
+use crate::page_state::{Faults, PageState};
 use crate::seccomp::{Policies, Thread};
 
 group! {
@@ -133,10 +133,15 @@ fn run(index: usize, mut vcpu: Kickable, shared: &Shared) {
         shared.control.stop(ExitReason::MonitorError, error.to_string());
         return;
     }
+    let mut faults = Faults::default();
     while shared.gate.pass() {
-        match run_once(vcpu.vcpu(), shared, &metrics) {
+        let done = run_once(vcpu.vcpu(), shared, &metrics, &mut faults);
+        if !matches!(done, Ok(Done::Fault) | Err(Stop::Kicked)) {
+            faults.clear();
+        }
+        match done {
             Ok(Done::Access) => shared.control.guest_acted(),
-            Ok(Done::PageState) => {}
+            Ok(Done::PageState | Done::Fault) => {}
             Ok(Done::Certificates) => vcpu.clear(),
             Err(Stop::Kicked) => {
                 metrics.exit_kicked.count();
@@ -157,6 +162,8 @@ enum Done {
     Access,
     /// A change of pages, which a first stage makes too.
     PageState,
+    /// An access to a page on the side where it was not.
+    Fault,
     /// A request for certificates, after which the vCPU looks at the gate.
     Certificates,
 }
@@ -170,7 +177,12 @@ enum Stop {
 }
 
 /// Enters the guest and serves one exit.
-fn run_once(vcpu: &mut VcpuFd, shared: &Shared, metrics: &VcpuMetrics) -> Result<Done, Stop> {
+fn run_once(
+    vcpu: &mut VcpuFd,
+    shared: &Shared,
+    metrics: &VcpuMetrics,
+    faults: &mut Faults,
+) -> Result<Done, Stop> {
     let broken = |what: String| Err(Stop::Ended(ExitReason::VcpuError, what));
     match vcpu.run() {
         Ok(VcpuExit::IoOut(..)) => {
@@ -207,8 +219,11 @@ fn run_once(vcpu: &mut VcpuFd, shared: &Shared, metrics: &VcpuMetrics) -> Result
             let place = format!("no host memory behind {gpa:#x}, {size} bytes (flags {flags:#x})");
             let Some(pages) = &shared.page_state else { return broken(place) };
             metrics.exit_page_state.count();
+            if let Err(error) = faults.count(flags, gpa) {
+                return broken(error);
+            }
             let served = metrics.exit_page_state_agg.time(|| pages.fault(flags, gpa, size));
-            return served.map(|_| Done::PageState).or_else(|error| broken(format!("{place}: {error}")));
+            return served.map(|_| Done::Fault).or_else(|error| broken(format!("{place}: {error}")));
         }
         Ok(VcpuExit::Unsupported(KVM_EXIT_SNP_REQ_CERTS)) if shared.certificates.is_some() => {
             metrics.exit_certificates.count();
