@@ -1,12 +1,15 @@
 //! Certificates that come with an attestation report: what the guest gets, and when.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use cofferdam_tests::Running;
 use cofferdam_tests::run::send;
 use rustix::fs::{FlockOperation, fcntl_lock};
+use rustix::io::{FdFlags, fcntl_setfd};
 use sev::certs::snp::{Certificate, Chain, Verifiable};
 
 use crate::domain::{Domain, hex, succeeded};
@@ -42,10 +45,19 @@ fn chain() -> Vec<u8> {
 
 /// A guest that fetches a report with certificates, once it is told to, and the file that it gets them from.
 fn asking(test: &str, certificates: &[u8]) -> (Domain, Running, PathBuf) {
+    given_by(test, certificates, |path| path.into())
+}
+
+/// The same, with the file given in the words that `name` has for it.
+fn given_by(
+    test: &str,
+    certificates: &[u8],
+    name: impl FnOnce(&Path) -> OsString,
+) -> (Domain, Running, PathBuf) {
     let domain = Domain::new(&format!("test={test} argument=0a"));
     let file = domain.guest.file("certificates");
     fs::write(&file, certificates).unwrap();
-    let running = domain.run(2, "256M").with("snp-certs", &file).start();
+    let running = domain.run(2, "256M").with("snp-certs", name(&file)).start();
     running.wait_for("guest: type");
     (domain, running, file)
 }
@@ -71,7 +83,14 @@ fn lock(file: &File, operation: FlockOperation) {
 #[test]
 fn a_guest_gets_them_with_its_report_and_hears_how_large_they_are() {
     let certificates = chain();
-    let (_domain, mut running, _file) = asking("certificates", &certificates);
+    let mut open = None;
+    // For reading only, and by its descriptor.
+    let (_domain, mut running, file) = given_by("certificates", &certificates, |path| {
+        let file = open.insert(File::open(path).unwrap());
+        fcntl_setfd(&*file, FdFlags::empty()).unwrap();
+        format!("fd:{}", file.as_raw_fd()).into()
+    });
+    fs::remove_file(file).unwrap();
     send(running.stdin(), b"\n");
     let done = running.finish();
     succeeded(&done);
