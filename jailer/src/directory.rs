@@ -97,6 +97,12 @@ impl Place {
             other => other.map_err(failed("open", path)),
         }
     }
+
+    /// Gives the directory `path`, which is beneath the base, to `owner`. What is given is what was opened, without
+    /// following a link, whatever has its name then.
+    fn give(&self, path: &Path, (uid, gid): (Uid, Gid)) -> Result<(), DirectoryError> {
+        fchown(self.open(path)?, Some(uid), Some(gid)).map_err(failed("chown", path))
+    }
 }
 
 /// What was there before the jail, and what is to go with it.
@@ -191,9 +197,8 @@ impl Claim {
             Err(Errno::EXIST) => return Ok(()),
             other => other.map_err(failed("mkdir", &run))?,
         }
-        let Some((uid, gid)) = owner else { return Ok(()) };
         // The root directory is theirs already, and what has this name now may be a link to something else.
-        fchown(self.place.open(&run)?, Some(uid), Some(gid)).map_err(failed("chown", &run))
+        owner.map_or(Ok(()), |owner| self.place.give(&run, owner))
     }
 
     /// Writes the monitor's process id, as the host has it, to `PROGRAM.pid` in the root directory. The file is
@@ -341,7 +346,7 @@ fn failed<E: Into<io::Error>>(call: &'static str, path: &Path) -> impl FnOnce(E)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{MetadataExt, symlink};
 
     fn place(base: &Path) -> Place {
         Place { base: base.to_owned(), program: "vmm".into(), id: "a".into() }
@@ -412,6 +417,29 @@ mod tests {
         symlink(outside.path(), place.root()).unwrap();
         assert!(matches!(Claim::new(&place), Err(DirectoryError::Link { .. })));
         assert_eq!(names_in(outside.path()).unwrap().unwrap(), ["file"]);
+    }
+
+    /// Whoever has the root directory can put a link in place of `/run` between its making and its giving away.
+    #[test]
+    fn what_is_no_directory_any_more_is_not_given_away() {
+        let base = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        let place = place(base.path());
+        let claim = begin(&place);
+        let (run, own) = (place.root().join(RUN), fs::metadata(outside.path()).unwrap());
+        let owner = (Uid::from_raw(own.uid()), Gid::from_raw(own.gid()));
+        place.give(&run, owner).unwrap();
+        fs::remove_dir(&run).unwrap();
+        symlink(outside.path(), &run).unwrap();
+        let changed = fs::metadata(outside.path()).unwrap().ctime_nsec();
+        assert!(matches!(place.give(&run, owner), Err(DirectoryError::Link { .. })));
+        assert_eq!(
+            fs::metadata(outside.path()).unwrap().ctime_nsec(),
+            changed,
+            "somebody else's directory was given"
+        );
+        fs::remove_file(&run).unwrap();
+        claim.release().unwrap();
     }
 
     #[test]
