@@ -449,14 +449,18 @@ mod tests {
 
     const RUNNING: &str = r#"echo '{"event":"running","platform":"plain","protected":false}' > $status"#;
 
-    /// Supervises a script that does not end by itself, with little patience, and asks it to
+    /// For monitors that do not end by themselves, and for those that do, on however busy a machine.
+    const LITTLE: Duration = Duration::from_millis(100);
+    const AMPLE: Duration = Duration::from_secs(300);
+
+    /// Supervises a script that does not end by itself, with `grace`, and asks it to
     /// stop `at_once` times, and `ask` times once it runs.
-    fn supervise(lines: &str, at_once: usize, ask: usize) -> Ended {
+    fn supervise(lines: &str, grace: Duration, at_once: usize, ask: usize) -> Ended {
         let folder = tempfile::tempdir().unwrap();
         let (text, script) = (folder.path().join("text"), folder.path().join("vmm"));
         std::fs::write(
             &text,
-            format!("#!/bin/sh\nstatus=/proc/self/fd/${{4#fd:}}\n{lines}\nexec sleep 60\n"),
+            format!("#!/bin/sh\nstatus=/proc/self/fd/${{4#fd:}}\n{lines}\nexec sleep 600\n"),
         )
         .unwrap();
         // A file that is open for writing, in a child of another test too, cannot be executed.
@@ -477,7 +481,7 @@ mod tests {
         .unwrap();
         let (signals, pipe) = Signals::none();
         rustix::io::write(&pipe, &[15, 15][..at_once]).unwrap();
-        let (status, grace) = (StatusReader::new(pipes.status), Duration::from_millis(100));
+        let status = StatusReader::new(pipes.status);
         let (keyboard, screen, stop_timeout) = (None, None, Duration::from_millis(1));
         let (container, messages, entry, raw) = (None, None, None, false);
         let supervisor = Supervisor {
@@ -501,7 +505,7 @@ mod tests {
     #[test]
     fn a_monitor_that_does_not_stop_is_killed() {
         for asked in [1, 2] {
-            let ended = supervise(&format!("trap '' TERM\n{RUNNING}"), 0, asked);
+            let ended = supervise(&format!("trap '' TERM\n{RUNNING}"), LITTLE, 0, asked);
             assert_eq!(ended.outcome.message, "the monitor did not stop in time and was killed");
             assert_eq!(ended.outcome.exit_reason, ExitReason::MonitorError);
             assert!(!ended.in_order);
@@ -511,19 +515,19 @@ mod tests {
     #[test]
     fn a_monitor_that_stays_after_its_last_word_is_killed() {
         let stopped = r#"echo '{"event":"stopped","platform":null,"protected":false,"exit_reason":"panic","exit_code":null,"message":"m","phases":{}}' > $status"#;
-        let ended = supervise(stopped, 0, 0);
+        let ended = supervise(stopped, LITTLE, 0, 0);
         assert_eq!(ended.outcome.exit_reason, ExitReason::Panic);
         assert!(!ended.in_order);
     }
 
     #[test]
     fn a_request_that_comes_before_the_monitor_minds_it_is_no_error() {
-        let ended = supervise("", 1, 0);
+        let ended = supervise("", AMPLE, 1, 0);
         assert_eq!(ended.outcome.exit_reason, ExitReason::Stopped);
         assert_eq!(ended.outcome.message, "stopped by a signal before it ran");
         assert!(!ended.in_order, "what is left is cleaned up");
 
-        let ended = supervise(RUNNING, 0, 1);
+        let ended = supervise(RUNNING, AMPLE, 0, 1);
         assert_eq!(ended.outcome.exit_reason, ExitReason::MonitorError);
         assert_eq!(ended.outcome.message, "the monitor was killed by signal 15");
     }

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::place;
 
 /// How long anything may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A monitor with an API. Dropped before its end, it is killed.
 pub struct ApiMonitor {

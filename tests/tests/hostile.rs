@@ -299,7 +299,7 @@ fn a_flood_on_the_console_waits_for_its_reader() {
         .with("cmdline", "case=flood")
         .with("console", format!("file={}", path.display()))
         .start();
-    let end = Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + Duration::from_secs(240);
     while running.monitor().is_none() {
         assert!(Instant::now() < end, "no monitor");
         thread::sleep(Duration::from_millis(1));

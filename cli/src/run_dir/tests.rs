@@ -60,7 +60,7 @@ impl Place {
 /// Waits for what holds as soon as no child of another test, which may hold a lock until it executes its program,
 /// is in the way.
 fn soon(mut holds: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + Duration::from_secs(240);
     while !holds() {
         assert!(Instant::now() < end);
         thread::sleep(Duration::from_millis(1));

@@ -18,7 +18,7 @@ use crate::payload;
 const MOMENTS: u32 = 18;
 const STEP: Duration = Duration::from_micros(2500);
 /// How long anything may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A folder with a drive, for one domain after the other.
 struct Place(TempDir);

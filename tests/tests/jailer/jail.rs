@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 pub const UID: u32 = 61234;
 pub const GID: u32 = 61235;
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Tests that count what is there on the whole machine take turns with all others.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());

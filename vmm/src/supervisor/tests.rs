@@ -82,7 +82,7 @@ impl Domain {
 
     /// Serves what happens until the domain has stopped.
     fn end(&mut self) -> (ExitReason, String) {
-        let end = Instant::now() + Duration::from_secs(60);
+        let end = Instant::now() + Duration::from_secs(240);
         while self.stopped().is_none() {
             assert!(Instant::now() < end, "the domain does not stop");
             self.events.run_with_timeout(1000).unwrap();

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use cofferdam_metrics::Counter;
 
-use super::driver::{Driver, GUEST_CID, Socket, op};
+use super::driver::{Driver, GUEST_CID, LONGEST, Socket, op};
 use crate::virtio::VirtioDevice;
 use crate::virtio::vsock::connection::PATIENCE;
 use crate::virtio::vsock::device::{Vsock, VsockError};
@@ -26,7 +26,7 @@ fn connected(driver: &mut Driver, guest: u32) -> (Socket, UnixStream) {
     let mut socket = Socket::new(guest, guest + 10_000);
     assert!(socket.connect(driver));
     let stream = listener.accept().unwrap().0;
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(LONGEST)).unwrap();
     (socket, stream)
 }
 

@@ -24,6 +24,8 @@ const HEADERS: u64 = 0x10_0000;
 const PAYLOADS: u64 = 0x20_0000;
 const BUFFERS_AT: u64 = 0x200_0000;
 const BUFFER_SPACE: u64 = 0x1_1000;
+/// How long anything may take on a busy machine.
+pub const LONGEST: Duration = Duration::from_secs(300);
 
 /// The operation of a header that the device made.
 pub fn op(header: &Header) -> Op {
@@ -106,7 +108,7 @@ impl Driver {
     /// A program of the host that connects to the device.
     pub fn connect(&self) -> UnixStream {
         let stream = UnixStream::connect(self.path()).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(LONGEST)).unwrap();
         stream
     }
 
@@ -189,7 +191,7 @@ impl Driver {
 
     /// Packets that the guest receives, waiting for the first.
     pub fn wait(&mut self) -> Vec<(Header, Vec<u8>)> {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + LONGEST;
         loop {
             let packets = self.received();
             if !packets.is_empty() {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::driver::{Driver, Socket, op};
+use super::driver::{Driver, LONGEST, Socket, op};
 use crate::virtio::VirtioDevice;
 use crate::virtio::vsock::packet::{Op, SHUTDOWN_BOTH};
 
@@ -165,7 +165,7 @@ fn refusals_of_both_sides_do_not_block_each_other() {
             }
         }
         let after = (refused, refuses, to_send.len());
-        assert!(after != before || driver.turn(Duration::from_secs(20)), "standstill: {after:?}");
+        assert!(after != before || driver.turn(LONGEST), "standstill: {after:?}");
     }
     while !to_send.is_empty() {
         while let Some((header, _)) = to_send.front()
