@@ -10,7 +10,7 @@ pub use crate::container::Container;
 use crate::json;
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::validate::ConfigError;
-use crate::wire::{WireDomain, WireDrive, WireMachine, WireSerial, WireVsock};
+use crate::wire::{WireDomain, WireDrive, WireMachine, WireSerial, WireVsock, WrittenMachine};
 
 /// Largest configuration that is read, bytes: 64 drives with the longest paths, twice over.
 pub const MAX_CONFIG_SIZE: usize = 1 << 20;
@@ -118,7 +118,7 @@ pub fn block_device_name(index: usize) -> String {
 
 /// vCPUs and memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "WireMachine<u64>")]
+#[serde(try_from = "WireMachine<u64>", into = "WrittenMachine")]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct MachineConfig {
     /// Number of vCPUs, 1 to 32.

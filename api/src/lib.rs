@@ -38,6 +38,7 @@ pub mod draft;
 pub mod guest;
 pub mod hex;
 mod json;
+mod lacking;
 #[cfg(feature = "server")]
 pub mod metrics;
 pub mod observe;

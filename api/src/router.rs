@@ -11,6 +11,7 @@ use thiserror::Error;
 use crate::actions::VmmAction;
 use crate::config::{BootSource, DomainConfig, Drive, MachineConfig, Serial, Vsock};
 use crate::json;
+use crate::lacking;
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::requests::{
     ActionType, DrivePatch, Exec, InstanceAction, Kill, MachinePatch, Resize, StateChange, WantedState,
@@ -56,8 +57,8 @@ pub enum RouteError {
     #[error("Invalid request method and/or path: {0} {1}.")]
     NoRoute(String, String),
     /// Something of Firecracker's that this monitor does not have.
-    #[error("{0}")]
-    Lacking(&'static str),
+    #[error("{}", lacking::refusal(.0, .1))]
+    Lacking(&'static str, &'static str),
     /// The body is missing.
     #[error("Empty {0} request.")]
     NoBody(String),
@@ -365,20 +366,14 @@ pub const ROUTES: &[Route] = &[
 
 /// What Firecracker has and this monitor has not, by the first segment of the path; and what to use instead.
 pub const LACKING: &[(&str, &str)] = &[
-    (
-        "network-interfaces",
-        "network-interfaces: not supported by this monitor; use the vsock device, `PUT /vsock`",
-    ),
-    (
-        "balloon",
-        "balloon: not supported by this monitor; give the domain the memory it needs, `PUT /machine-config`",
-    ),
-    ("mmds", "mmds: not supported by this monitor; pass data on a drive or over the vsock device"),
-    ("snapshot", "snapshot: not supported by this monitor; start a new domain, `PUT /vm?start=true`"),
-    ("pmem", "pmem: not supported by this monitor; use a drive, `PUT /drives/{drive_id}`"),
-    ("hotplug", "hotplug: not supported by this monitor; configure everything before the start"),
-    ("cpu-config", "cpu-config: not supported by this monitor; guests see the host's CPU"),
-    ("entropy", "entropy: not supported by this monitor; guests have the CPU's RDRAND"),
+    ("network-interfaces", lacking::NETWORK),
+    ("balloon", lacking::BALLOON),
+    ("mmds", lacking::MMDS),
+    ("snapshot", lacking::SNAPSHOT),
+    ("pmem", lacking::PMEM),
+    ("hotplug", lacking::HOTPLUG),
+    ("cpu-config", lacking::CPU_CONFIG),
+    ("entropy", lacking::ENTROPY),
 ];
 
 /// Where in [`ROUTES`] that of `method` on `path` is, if there is one.
@@ -392,7 +387,7 @@ pub fn route(method: &str, path: &str, query: Option<&str>, body: &[u8]) -> Resu
     let Some((route, parameter)) = route.and_then(|route| Some((route, matches(route.path, path)?))) else {
         let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
         return Err(match LACKING.iter().find(|(name, _)| *name == first) {
-            Some((_, message)) => RouteError::Lacking(message),
+            Some((name, instead)) => RouteError::Lacking(name, instead),
             None => RouteError::NoRoute(method.to_owned(), path.to_owned()),
         });
     };

@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::{
@@ -14,6 +14,7 @@ use crate::config::{
     RateLimiter, Serial, SerialMode, TokenBucket, Vsock, default_block_size, default_stop_timeout_ms,
     root_first,
 };
+use crate::lacking;
 use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::requests::MachinePatch;
 use crate::validate::{ConfigError, VCPU_COUNT};
@@ -71,13 +72,13 @@ impl TryFrom<WireDomain> for DomainConfig {
 
     fn try_from(wire: WireDomain) -> Result<Self, String> {
         refuse([
-            ("balloon", wire.balloon),
-            ("cpu-config", wire.cpu_config),
-            ("entropy", wire.entropy),
-            ("memory-hotplug", wire.memory_hotplug),
-            ("mmds-config", wire.mmds_config),
-            ("network-interfaces", wire.network_interfaces),
-            ("pmem", wire.pmem),
+            ("balloon", wire.balloon, lacking::BALLOON),
+            ("cpu-config", wire.cpu_config, lacking::CPU_CONFIG),
+            ("entropy", wire.entropy, lacking::ENTROPY),
+            ("memory-hotplug", wire.memory_hotplug, lacking::HOTPLUG),
+            ("mmds-config", wire.mmds_config, lacking::MMDS),
+            ("network-interfaces", wire.network_interfaces, lacking::NETWORK),
+            ("pmem", wire.pmem, lacking::PMEM),
         ])?;
         let mut drives = wire.drives;
         root_first(&mut drives);
@@ -107,25 +108,45 @@ pub(crate) struct WireMachine<N> {
     #[serde(default)]
     #[cfg_attr(test, schemars(skip))]
     cpu_template: Value,
+    /// Of Firecracker: only `None` is possible.
     #[serde(default)]
-    #[cfg_attr(test, schemars(skip))]
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
     huge_pages: Value,
+    /// Of Firecracker: only false is possible.
     #[serde(default)]
-    #[cfg_attr(test, schemars(skip))]
+    #[cfg_attr(test, schemars(with = "Option<bool>"))]
     smt: Value,
+    /// Of Firecracker: only false is possible.
     #[serde(default)]
-    #[cfg_attr(test, schemars(skip))]
+    #[cfg_attr(test, schemars(with = "Option<bool>"))]
     track_dirty_pages: Value,
+}
+
+/// A machine as it is told: with what Firecracker says of one besides, which is never otherwise here.
+#[derive(Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(crate) struct WrittenMachine {
+    vcpu_count: u8,
+    mem_size_mib: u64,
+    smt: bool,
+    track_dirty_pages: bool,
+    huge_pages: &'static str,
+}
+
+impl From<MachineConfig> for WrittenMachine {
+    fn from(MachineConfig { vcpu_count, mem_size_mib }: MachineConfig) -> Self {
+        Self { vcpu_count, mem_size_mib, smt: false, track_dirty_pages: false, huge_pages: "None" }
+    }
 }
 
 impl<N> WireMachine<N> {
     /// `vcpu_count` and `mem_size_mib`, if nothing else is asked for.
     fn numbers(self) -> Result<(N, N), String> {
         refuse([
-            ("machine-config.cpu_template", self.cpu_template),
-            ("machine-config.huge_pages", self.huge_pages),
-            ("machine-config.smt", self.smt),
-            ("machine-config.track_dirty_pages", self.track_dirty_pages),
+            ("machine-config.cpu_template", self.cpu_template, lacking::CPU_CONFIG),
+            ("machine-config.huge_pages", self.huge_pages, lacking::HUGE_PAGES),
+            ("machine-config.smt", self.smt, lacking::SMT),
+            ("machine-config.track_dirty_pages", self.track_dirty_pages, lacking::DIRTY_PAGES),
         ])?;
         Ok((self.vcpu_count, self.mem_size_mib))
     }
@@ -168,7 +189,9 @@ impl TryFrom<WireMachine<Option<u64>>> for MachinePatch {
 #[cfg_attr(test, derive(schemars::JsonSchema), schemars(rename = "Drive"))]
 pub(crate) struct WireDrive {
     drive_id: String,
-    path_on_host: PathBuf,
+    // Firecracker's drives with a `socket` have none, and are refused for that.
+    #[cfg_attr(test, schemars(with = "PathBuf"))]
+    path_on_host: Option<PathBuf>,
     #[serde(default)]
     is_root_device: bool,
     #[serde(default)]
@@ -194,10 +217,13 @@ impl TryFrom<WireDrive> for Drive {
     type Error = String;
 
     fn try_from(wire: WireDrive) -> Result<Self, String> {
-        refuse([("drives[].partuuid", wire.partuuid), ("drives[].socket", wire.socket)])?;
+        refuse([
+            ("drives[].partuuid", wire.partuuid, lacking::PARTUUID),
+            ("drives[].socket", wire.socket, lacking::VHOST_USER),
+        ])?;
         Ok(Self {
             drive_id: wire.drive_id,
-            path_on_host: wire.path_on_host,
+            path_on_host: wire.path_on_host.ok_or("drives[].path_on_host: is missing")?,
             is_root_device: wire.is_root_device,
             is_read_only: wire.is_read_only,
             cache_type: wire.cache_type,
@@ -250,13 +276,10 @@ impl From<WireSerial> for Serial {
     }
 }
 
-fn refuse<const N: usize>(fields: [(&str, Value); N]) -> Result<(), String> {
-    for (name, value) in fields {
-        if asks_for_something(&value) {
-            return Err(format!("{name}: not supported by this monitor; leave it out"));
-        }
-    }
-    Ok(())
+/// Refuses the first field that asks for something. Each comes with what to use instead.
+fn refuse<const N: usize>(fields: [(&str, Value, &str); N]) -> Result<(), String> {
+    let asked = fields.into_iter().find(|(_, value, _)| asks_for_something(value));
+    asked.map_or(Ok(()), |(name, _, instead)| Err(lacking::refusal(name, instead)))
 }
 
 fn asks_for_something(value: &Value) -> bool {
@@ -311,8 +334,30 @@ mod tests {
             let changed = FIRECRACKER.replace(from, to);
             assert_ne!(changed, FIRECRACKER);
             let message = DomainConfig::from_json(changed.as_bytes()).unwrap_err().to_string();
-            assert!(message.starts_with(&format!("{field}: not supported")), "{message}");
+            let instead = message.strip_prefix(&format!("{field}: not supported by this monitor; "));
+            assert!(instead.is_some_and(|instead| instead.len() > 10), "{message}");
         }
+    }
+
+    #[test]
+    fn a_drive_of_vhost_user_is_refused_for_its_socket_and_not_for_its_lacking_file() {
+        let refusal = |text: &str| serde_json::from_str::<Drive>(text).unwrap_err().to_string();
+        let socket = refusal(r#"{"drive_id": "d", "is_root_device": false, "socket": "s"}"#);
+        assert!(
+            socket.starts_with("drives[].socket: not supported by this monitor; give a file"),
+            "{socket}"
+        );
+        assert_eq!(refusal(r#"{"drive_id": "d"}"#), "drives[].path_on_host: is missing");
+    }
+
+    #[test]
+    fn a_machine_is_written_with_all_that_firecracker_says_of_one() {
+        let machine = MachineConfig { vcpu_count: 2, mem_size_mib: 64 };
+        let text = serde_json::to_string(&machine).unwrap();
+        let expected =
+            r#"{"vcpu_count":2,"mem_size_mib":64,"smt":false,"track_dirty_pages":false,"huge_pages":"None"}"#;
+        assert_eq!(text, expected);
+        assert_eq!(serde_json::from_str::<MachineConfig>(&text).unwrap(), machine);
     }
 
     #[test]

@@ -70,7 +70,10 @@ fn a_domain_is_configured_call_by_call() {
     let socket = folder.path().join("v.sock");
     monitor.done("PUT /vsock", &json!({"guest_cid": 3, "uds_path": socket}).to_string());
     let (_, machine) = monitor.ask("GET /machine-config", "");
-    assert_eq!(machine, json!({"vcpu_count": 2, "mem_size_mib": 64}));
+    let expected = json!({
+        "vcpu_count": 2, "mem_size_mib": 64, "smt": false, "track_dirty_pages": false, "huge_pages": "None"
+    });
+    assert_eq!(machine, expected);
     let (_, whole) = monitor.ask("GET /vm/config", "");
     assert_eq!(whole["drives"][0]["path_on_host"], json!(image));
     assert_eq!(whole["boot-source"]["boot_args"], json!("quiet"));
@@ -136,7 +139,7 @@ fn a_paused_guest_does_nothing_until_it_is_resumed() {
         while output.read_exact(&mut byte).is_ok() && sender.send(byte[0]).is_ok() {}
     });
     input.write_all(b"A").unwrap();
-    while echoed.recv_timeout(Duration::from_secs(60)).unwrap() != b'A' {}
+    while echoed.recv_timeout(Duration::from_secs(240)).unwrap() != b'A' {}
     monitor.done("PATCH /vm", PAUSE);
     monitor.done("PATCH /vm", PAUSE);
     assert_eq!(monitor.state(), "Paused");
@@ -144,7 +147,7 @@ fn a_paused_guest_does_nothing_until_it_is_resumed() {
     assert!(echoed.recv_timeout(Duration::from_millis(200)).is_err(), "a paused guest answers");
     monitor.done("PATCH /vm", RESUME);
     assert_eq!(monitor.state(), "Running");
-    assert_eq!(echoed.recv_timeout(Duration::from_secs(60)), Ok(b'B'));
+    assert_eq!(echoed.recv_timeout(Duration::from_secs(240)), Ok(b'B'));
     input.write_all(b"q").unwrap();
     assert_eq!(monitor.finish().code(), Some(0));
 }
@@ -405,7 +408,7 @@ fn an_inherited_socket_is_served() {
         .unwrap();
     let mut stream = UnixStream::connect(&path).unwrap();
     // The test's own listener is open too: a monitor that dies closes nothing.
-    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(240))).unwrap();
     stream.write_all(b"DELETE /vm HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
