@@ -9,6 +9,8 @@ group! {
     pub struct ServerMetrics {
         /// From the start of the monitor until its API could be reached
         pub process_startup_time_us: LastTime,
+        /// Processor time of the monitor until its API could be reached
+        pub process_startup_time_cpu_us: LastTime,
         /// Requests that have no route, or were too large or too slow to be read
         pub invalid_requests_count: Counter,
         /// Time from a whole request to its answer; those that wait for the end of the domain are left out

@@ -74,6 +74,15 @@ impl Domain {
         self.monitor.refusal("PATCH /drives/d", &body(fields))
     }
 
+    /// What `GET /metrics` says of the drive.
+    fn metric(&self, name: &str) -> Option<String> {
+        let mut connection = self.monitor.connect();
+        connection.send("GET /metrics", "");
+        let text = String::from_utf8(connection.raw_answer().2).unwrap();
+        let line = format!("{name}{{drive=\"d\"}} ");
+        text.lines().find_map(|found| found.strip_prefix(&line)).map(str::to_owned)
+    }
+
     fn config(&self) -> Value {
         self.monitor.ask("GET /vm/config", "").1
     }
@@ -166,6 +175,9 @@ fn what_is_refused_changes_nothing() {
     drop(holder);
     domain.patch(json!({"path_on_host": held}));
     domain.shows("change 1: 3 sectors, first byte 3");
+    assert_eq!(domain.metric("cofferdam_block_update_total").as_deref(), Some("1"));
+    // The six files, and the descriptor that is not open.
+    assert_eq!(domain.metric("cofferdam_block_update_fails_total").as_deref(), Some("7"));
     domain.end();
 }
 

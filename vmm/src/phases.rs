@@ -1,6 +1,7 @@
 //! When each phase of a launch was reached.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use cofferdam_api::status::Phases;
 use rustix::time::{ClockId, clock_gettime};
@@ -40,7 +41,16 @@ impl PhaseClock {
 
 /// `CLOCK_MONOTONIC` in microseconds.
 fn now() -> u64 {
-    let time = clock_gettime(ClockId::Monotonic);
+    micros(ClockId::Monotonic)
+}
+
+/// What this process has had of processors so far, all threads together.
+pub fn processor_time() -> Duration {
+    Duration::from_micros(micros(ClockId::ProcessCPUTime))
+}
+
+fn micros(clock: ClockId) -> u64 {
+    let time = clock_gettime(clock);
     let part = |value: i64| u64::try_from(value).unwrap_or(0);
     part(time.tv_sec).saturating_mul(1_000_000).saturating_add(part(time.tv_nsec) / 1000)
 }
@@ -55,7 +65,7 @@ mod tests {
         clock.reached("a");
         let first = clock.phases()["a"];
         assert!(first >= 1000);
-        std::thread::sleep(std::time::Duration::from_millis(2));
+        std::thread::sleep(Duration::from_millis(2));
         clock.reached("a");
         clock.reached("b");
         assert_eq!(clock.phases()["a"], first);

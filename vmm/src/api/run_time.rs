@@ -191,11 +191,15 @@ fn reopen(
     path: &Path,
     inherited: &mut Inherited,
 ) -> Result<Option<BlockFile>, ActionError> {
-    let source = block_source(&drive_field(index), path, inherited).map_err(failed)?;
+    let known = device.with_device(|block: &mut Block| (block.file(), block.metrics()));
+    let Some((file, metrics)) = known else { return Ok(None) };
     // Not under the device's lock: to open a file may take the host's storage a while.
-    let Some(file) = device.with_device(|block: &mut Block| block.file()) else { return Ok(None) };
-    let reopened = file.reopen(source).map_err(|source| failed(StartError::Drive { index, source }));
-    reopened.map(Some)
+    let reopened = block_source(&drive_field(index), path, inherited)
+        .and_then(|source| file.reopen(source).map_err(|source| StartError::Drive { index, source }));
+    reopened.map(Some).map_err(|error| {
+        metrics.update_fails.count();
+        failed(error)
+    })
 }
 
 fn failed(error: StartError) -> ActionError {

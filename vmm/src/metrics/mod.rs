@@ -19,7 +19,7 @@ pub use flush::{FlushTimer, MetricsError, PERIOD};
 
 use self::flush::Flusher;
 use crate::logger::LoggerMetrics;
-use crate::phases::PhaseClock;
+use crate::phases::{self, PhaseClock};
 use crate::signals::SignalMetrics;
 use crate::vcpu::VcpuMetrics;
 
@@ -85,6 +85,7 @@ impl Metrics {
         if let Some(time) = self.clock.phases().get("api") {
             self.api.server.process_startup_time_us.set(Duration::from_micros(*time));
         }
+        self.api.server.process_startup_time_cpu_us.set(phases::processor_time());
     }
 
     /// Has metrics written to a file from now on. Once only.

@@ -19,6 +19,10 @@ group! {
         pub invalid_reqs_count: Counter,
         /// Notifications of the driver
         pub queue_event_count: Counter,
+        /// Times that the drive got another file, or the same one with another size
+        pub update_count: Counter,
+        /// Times that it was to get one that cannot be used
+        pub update_fails: Counter,
         /// Times that requests had to wait for the rate limiter
         pub rate_limiter_throttled_events: Counter,
         /// Times that requests had to wait because as many were under way as are possible

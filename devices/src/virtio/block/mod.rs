@@ -224,6 +224,7 @@ impl Block {
     pub fn replace(&mut self, file: BlockFile) {
         self.limits = config::limits(&file);
         self.file = Arc::new(file);
+        self.metrics.update_count.count();
     }
 
     /// Changes the limits on bandwidth and operations, with full buckets. To be called on the event loop thread.
