@@ -192,6 +192,8 @@ impl Domain {
         identity.digest = sealed.digest.map(|digest| hex(&digest));
         identity.policy = sealed.policy.map(|policy| format!("{policy:#x}"));
         let file_hash = Arc::new(window.as_ref().map_or_else(FileHash::none, LoadWindow::file_hash));
+        // An outcome that is told to nobody needs no hash of the whole file.
+        let is_told = remote.is_some() || status.is_wanted();
         if let Some((inbox, config)) = remote {
             events.add_subscriber(Arc::new(Mutex::new(RunTime {
                 inbox,
@@ -201,6 +203,7 @@ impl Domain {
                 identity: identity.clone(),
                 manifest_digest,
                 file_hash: file_hash.clone(),
+                waiting_for_hash: Vec::new(),
                 clock: clock.clone(),
                 control: control.clone(),
                 supervisor: supervisor.clone(),
@@ -243,7 +246,7 @@ impl Domain {
         Ok(Outcome {
             platform: Some(platform),
             protected,
-            identity: Identity { image_hash: file_hash.get(), ..identity },
+            identity: Identity { image_hash: is_told.then(|| file_hash.get()).flatten(), ..identity },
             container: manifest_digest.map(|digest| container::status(&digest, protected, &notes)),
             exit_reason,
             exit_code: notes.exit_code,

@@ -14,6 +14,11 @@ impl StatusFile {
         Self(file)
     }
 
+    /// Whether anybody wants them.
+    pub fn is_wanted(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// Writes one event.
     pub fn write(&mut self, event: &Event) -> io::Result<()> {
         let Some(file) = &mut self.0 else { return Ok(()) };

@@ -111,8 +111,7 @@ impl Api {
             if let Err(SendError(envelope)) = sender.send(envelope) {
                 return late.too_late(envelope);
             }
-            // It fails only when the counter is full, and then the main thread is awake.
-            let _ = rustix::io::write(&bell, &1_u64.to_ne_bytes());
+            ring(&bell);
         };
         let policies = policies.clone();
         let confine = move || policies.install(Thread::Api);
@@ -143,6 +142,11 @@ impl Inbox {
         self.envelopes.try_recv().ok()
     }
 
+    /// Makes it readable, though nothing has come.
+    fn ring(&self) {
+        ring(&self.ready);
+    }
+
     /// Forgets that there was something; to be called before it is all taken.
     fn clear(&self) {
         let _ = rustix::io::read(&self.ready, &mut [0; 8]);
@@ -168,6 +172,11 @@ impl AsRawFd for Inbox {
     fn as_raw_fd(&self) -> RawFd {
         self.ready.as_raw_fd()
     }
+}
+
+fn ring(bell: &OwnedFd) {
+    // It fails only when the counter is full, and then the main thread is awake.
+    let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
 }
 
 fn instance(id: &str, state: VmState) -> VmmData {

@@ -8,6 +8,7 @@ use std::time::Instant;
 use cofferdam_api::actions::{ActionError, ActionResult, GuestEnd, Version, VmmAction, VmmData};
 use cofferdam_api::draft::Draft;
 use cofferdam_api::requests::DrivePatch;
+use cofferdam_api::server::{Envelope, Reply};
 use cofferdam_api::status::{ExitReason, Identity, Platform, VmState, VmStatus};
 use cofferdam_container_protocol::step::Step;
 use cofferdam_devices::virtio::block::{Block, BlockFile};
@@ -41,6 +42,8 @@ pub struct RunTime {
     pub manifest_digest: Option<[u8; 32]>,
     /// The hash of its image's file, which is read when somebody asks for the status.
     pub file_hash: Arc<FileHash>,
+    /// Those who have asked for it, and wait until the file is read.
+    pub waiting_for_hash: Vec<Reply>,
     /// When phases were reached.
     pub clock: Arc<PhaseClock>,
     /// What is known of the domain.
@@ -163,6 +166,37 @@ impl RunTime {
         }
     }
 
+    /// Does what has been asked for.
+    pub(super) fn turn(&mut self) {
+        self.inbox.clear();
+        while let Some(Envelope { action, reply }) = self.inbox.take() {
+            if action == VmmAction::GetStatus {
+                self.waiting_for_hash.push(reply);
+                continue;
+            }
+            match self.act(action) {
+                Some(result) => reply.send(result),
+                None => self.inbox.waiters.add(reply),
+            }
+        }
+        self.tell_status();
+    }
+
+    /// Answers those who have asked for the status, once the image's file is read. A turn of the event loop reads a piece of
+    /// it, so that the devices go on.
+    fn tell_status(&mut self) {
+        if self.waiting_for_hash.is_empty() {
+            return;
+        }
+        if !self.file_hash.advance() {
+            return self.inbox.ring();
+        }
+        let status = self.status();
+        for reply in self.waiting_for_hash.drain(..) {
+            reply.send(Ok(VmmData::Status(Box::new(status.clone()))));
+        }
+    }
+
     fn state(&self) -> VmState {
         if self.control.notes().paused { VmState::Paused } else { VmState::Running }
     }
@@ -214,12 +248,6 @@ impl MutEventSubscriber for RunTime {
     }
 
     fn process(&mut self, _: Events, _: &mut EventOps) {
-        self.inbox.clear();
-        while let Some(envelope) = self.inbox.take() {
-            match self.act(envelope.action) {
-                Some(result) => envelope.reply.send(result),
-                None => self.inbox.waiters.add(envelope.reply),
-            }
-        }
+        self.turn();
     }
 }

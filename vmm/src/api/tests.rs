@@ -17,8 +17,10 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use super::pre_boot::Step;
 use super::*;
 use crate::board::Buses;
+use crate::boot::file::ImageFile;
 use crate::control::Control;
 use crate::gate::Gate;
+use crate::image::FileHash;
 use crate::logger::Logger;
 use crate::metrics::Metrics;
 use crate::observer::Observer;
@@ -189,7 +191,8 @@ fn run_time() -> RunTime {
     RunTime {
         identity: Default::default(),
         manifest_digest: None,
-        file_hash: Arc::new(crate::image::FileHash::none()),
+        file_hash: Arc::new(FileHash::none()),
+        waiting_for_hash: Vec::new(),
         inbox,
         virtio: vec![Arc::new(drive)],
         config: config().into(),
@@ -274,6 +277,37 @@ fn each_action_when_the_domain_has_stopped() {
             assert_eq!(answer.now(), Some(Ok(VmmData::Empty)));
         }
     }
+}
+
+/// The event loop takes no longer for a turn because somebody has asked for the hash of a large file.
+#[test]
+fn an_image_is_read_between_other_requests() {
+    let image = crate::boot::testing::file(&vec![7; 1 << 20]);
+    let (sender, envelopes) = mpsc::channel();
+    let mut run_time = run_time();
+    run_time.inbox.envelopes = envelopes;
+    run_time.file_hash = Arc::new(FileHash::of(Arc::new(ImageFile::open(image.path().into()).unwrap())));
+    let ask = |request| {
+        let (reply, answer) = Reply::pair();
+        sender.send(Envelope { action: action(request, ""), reply }).unwrap();
+        answer
+    };
+    let mut answers = [ask("GET /vm"), ask("GET /vm")];
+    let mut turns = 0;
+    while answers[0].now().is_none_or(|answer| {
+        let Ok(VmmData::Status(status)) = answer else { panic!("{answer:?}") };
+        assert!(status.identity.image_hash.is_some());
+        false
+    }) {
+        let mut other = ask("GET /");
+        run_time.turn();
+        assert!(matches!(other.now(), Some(Ok(VmmData::Instance(_)))));
+        turns += 1;
+        let again = rustix::io::read(&run_time.inbox, &mut [0; 8]).is_ok();
+        assert_eq!(again, turns < 9, "turn {turns}: another one comes as long as there is something to read");
+    }
+    assert_eq!(turns, 9, "one for each 128 KiB, and the end");
+    assert!(matches!(answers[1].now(), Some(Ok(VmmData::Status(_)))));
 }
 
 #[test]

@@ -111,19 +111,11 @@ impl ImageFile {
 
     /// The SHA-256 of the file.
     pub(crate) fn sha256(&self) -> Result<[u8; sha256::SIZE], FileError> {
-        let mut hash = sha256::Method::detect().begin();
-        let mut buffer = vec![0; HASH_BUFFER];
-        let mut offset = 0;
+        let mut hashing = Hashing::default();
         loop {
-            let left = usize::try_from(self.length.saturating_sub(offset)).unwrap_or(usize::MAX);
-            let piece = buffer.get_mut(..left.min(HASH_BUFFER)).unwrap_or_default();
-            self.read_at(piece, offset)?;
-            let (blocks, rest) = piece.as_chunks();
-            hash.blocks(blocks);
-            if piece.len() < HASH_BUFFER {
-                return Ok(hash.finish(rest));
+            if let Some(hash) = hashing.advance(self)? {
+                return Ok(hash);
             }
-            offset = offset.saturating_add(HASH_BUFFER as u64);
         }
     }
 
@@ -174,6 +166,38 @@ impl ImageFile {
             io::ErrorKind::UnexpectedEof => FileError::Shrunk { length: self.length },
             _ => FileError::Read { offset, reason },
         }
+    }
+}
+
+/// The SHA-256 of a file, as far as it has been read.
+pub(crate) struct Hashing {
+    hash: sha256::Hash,
+    buffer: Vec<u8>,
+    offset: u64,
+}
+
+impl Default for Hashing {
+    fn default() -> Self {
+        Self { hash: sha256::Method::detect().begin(), buffer: vec![0; HASH_BUFFER], offset: 0 }
+    }
+}
+
+impl Hashing {
+    /// Reads the next piece of `file`, which is some tenth of a millisecond's work. At the end of it the hash is there,
+    /// and this is as if nothing had been read.
+    pub(crate) fn advance(&mut self, file: &ImageFile) -> Result<Option<[u8; sha256::SIZE]>, FileError> {
+        let left = usize::try_from(file.length.saturating_sub(self.offset)).unwrap_or(usize::MAX);
+        let piece = self.buffer.get_mut(..left.min(HASH_BUFFER)).unwrap_or_default();
+        file.read_at(piece, self.offset)?;
+        let (blocks, rest) = piece.as_chunks();
+        self.hash.blocks(blocks);
+        if piece.len() == HASH_BUFFER {
+            self.offset = self.offset.saturating_add(HASH_BUFFER as u64);
+            return Ok(None);
+        }
+        let hash = std::mem::replace(&mut self.hash, sha256::Method::detect().begin());
+        self.offset = 0;
+        Ok(Some(hash.finish(rest)))
     }
 }
 
