@@ -7,8 +7,8 @@
 
 use std::time::Duration;
 
-use cofferdam_container_protocol::CONTROL_PORT;
-use cofferdam_container_protocol::frame::{Decoder, Frame, FrameError, Kind};
+use cofferdam_container_protocol::CONNECT;
+use cofferdam_container_protocol::frame::{Decoder, Frame, FrameError};
 use cofferdam_container_protocol::message::{
     ExecRequest, ExecResponse, Message, Method, Request, ResizeRequest, ResizeResponse, Response,
     SignalRequest, SignalResponse, StatsRequest, StatsResponse, Status, WaitRequest, WaitResponse, code,
@@ -87,18 +87,14 @@ impl Guest {
     ) -> Result<A, GuestError> {
         let stream = self.next;
         self.next = stream.wrapping_add(2);
-        let payload = Request::new(method, message).encode_to_vec();
-        let frame = Frame { stream, kind: Kind::Request, payload }.encode()?;
-        self.stream.write_all(&frame).await.map_err(|_| GuestError::Closed)?;
-        let answer = self.frame().await?;
-        let nonsense = |_| GuestError::Nonsense(method);
-        if (answer.stream, answer.kind) != (stream, Kind::Response) {
-            return Err(GuestError::Nonsense(method));
-        }
-        let Response { status, payload } = Response::decode(&*answer.payload).map_err(nonsense)?;
-        match status {
-            Some(Status { code, message }) if code != code::OK => Err(GuestError::Refused(clean(&message))),
-            _ => A::decode(&*payload).map_err(nonsense),
+        let request = Request::new(method, message).encode_on(stream)?;
+        self.stream.write_all(&request).await.map_err(|_| GuestError::Closed)?;
+        match Response::to_request_on(stream, &self.frame().await?) {
+            Some(Response { status: Some(Status { code, message }), .. }) if code != code::OK => {
+                Err(GuestError::Refused(clean(&message)))
+            }
+            Some(Response { payload, .. }) => A::decode(&*payload).map_err(|_| GuestError::Nonsense(method)),
+            None => Err(GuestError::Nonsense(method)),
         }
     }
 
@@ -177,7 +173,7 @@ pub async fn stats(guest: &mut Guest) -> Result<ContainerStats, GuestError> {
 
 /// Says which port is wanted, and waits until the guest has accepted.
 async fn greet(stream: &mut UnixStream) -> Result<(), GuestError> {
-    stream.write_all(format!("CONNECT {CONTROL_PORT}\n").as_bytes()).await?;
+    stream.write_all(CONNECT.as_bytes()).await?;
     // The line is the device's own. What follows it is the guest's: not one byte of it is read here.
     for _ in 0..MAX_GREETING {
         match stream.read_u8().await {
@@ -200,6 +196,7 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream as Stream;
 
+    use cofferdam_container_protocol::frame::Kind;
     use cofferdam_container_protocol::message::Refused;
 
     use super::*;

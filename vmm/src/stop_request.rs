@@ -8,11 +8,9 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use cofferdam_container_protocol::CONTROL_PORT;
-use cofferdam_container_protocol::frame::{Decoder, Frame, Kind};
-use cofferdam_container_protocol::message::{
-    Message, Method, Request, Response, Status, StopRequest as Stop, code,
-};
+use cofferdam_container_protocol::CONNECT;
+use cofferdam_container_protocol::frame::Decoder;
+use cofferdam_container_protocol::message::{Method, Request, Response, Status, StopRequest as Stop, code};
 use cofferdam_devices::virtio::mmio::MmioTransport;
 use cofferdam_devices::virtio::vsock::Vsock;
 
@@ -66,11 +64,9 @@ impl StopRequest {
     /// If the guest has no driver for vsock, or no room for a connection.
     pub fn send(&mut self) -> io::Result<()> {
         let Some(theirs) = self.theirs.take() else { return Ok(()) };
-        let payload = Request::new(Method::Stop, &Stop {}).encode_to_vec();
-        let frame =
-            Frame { stream: STREAM, kind: Kind::Request, payload }.encode().map_err(io::Error::other)?;
+        let request = Request::new(Method::Stop, &Stop {}).encode_on(STREAM).map_err(io::Error::other)?;
         // Both together, and the first bytes on a socket: they fit.
-        self.ours.write_all(&[format!("CONNECT {CONTROL_PORT}\n").into_bytes(), frame].concat())?;
+        self.ours.write_all(&[CONNECT.as_bytes(), &request].concat())?;
         let adopted = self.vsock.with_device(|vsock: &mut Vsock| vsock.adopt(theirs));
         adopted.unwrap_or_else(|| Err(ErrorKind::NotConnected.into()))
     }
@@ -101,17 +97,15 @@ impl StopRequest {
             bytes = bytes.get(end..).and_then(|rest| rest.get(1..)).unwrap_or_default();
         }
         self.decoder.push(bytes);
-        let frame = match self.decoder.next() {
-            Ok(Some(frame)) if (frame.stream, frame.kind) == (STREAM, Kind::Response) => frame,
+        let answer = match self.decoder.next() {
+            Ok(Some(frame)) => Response::to_request_on(STREAM, &frame),
             Ok(None) => return Answer::None,
-            _ => return Answer::Nonsense,
+            Err(_) => None,
         };
-        match Response::decode(&*frame.payload) {
-            Ok(Response { status: Some(Status { code: code::PERMISSION_DENIED, .. }), .. }) => {
-                Answer::Refused
-            }
-            Ok(Response { status: None | Some(Status { code: code::OK, .. }), .. }) => Answer::Begun,
-            _ => Answer::Nonsense,
+        match answer.map(|answer| answer.status) {
+            Some(Some(Status { code: code::PERMISSION_DENIED, .. })) => Answer::Refused,
+            Some(None | Some(Status { code: code::OK, .. })) => Answer::Begun,
+            Some(Some(_)) | None => Answer::Nonsense,
         }
     }
 }

@@ -28,6 +28,9 @@ pub mod step;
 
 /// vsock port on which the guest serves requests.
 pub const CONTROL_PORT: u32 = 1024;
+/// The line by which a program of the host asks the vsock device for that port. The device answers with a line of its own
+/// when the guest has accepted: `OK` and a number.
+pub const CONNECT: &str = "CONNECT 1024\n";
 /// vsock port of the host that the guest connects to for the container's standard input. With a terminal it carries
 /// both directions, and the other two are not connected to.
 pub const STDIN_PORT: u32 = 1025;

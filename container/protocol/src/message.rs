@@ -4,6 +4,8 @@
 
 pub use prost::Message;
 
+use crate::frame::{Frame, FrameError, Kind};
+
 /// The service, as a request names it.
 pub const SERVICE: &str = "cofferdam.container.v1.Container";
 
@@ -108,6 +110,14 @@ impl Request {
             timeout_nano: 0,
         }
     }
+
+    /// It on stream `stream`, as it is sent.
+    ///
+    /// # Errors
+    /// If it is too long.
+    pub fn encode_on(&self, stream: u32) -> Result<Vec<u8>, FrameError> {
+        Frame { stream, kind: Kind::Request, payload: self.encode_to_vec() }.encode()
+    }
 }
 
 /// ttrpc's response.
@@ -125,6 +135,12 @@ impl Response {
     /// A good answer.
     pub fn done(message: &impl Message) -> Self {
         Self { status: None, payload: message.encode_to_vec() }
+    }
+
+    /// What `frame` is as the answer to the request on stream `stream`; `None`: something else.
+    pub fn to_request_on(stream: u32, frame: &Frame) -> Option<Self> {
+        let is_answer = (frame.stream, frame.kind) == (stream, Kind::Response);
+        is_answer.then(|| Self::decode(&*frame.payload).ok()).flatten()
     }
 
     /// A refusal with one of the codes in [`code`].
@@ -314,6 +330,22 @@ mod tests {
         for bad in ["", "a b", "é", "a/b", &"x".repeat(65)] {
             assert!(!is_exec_id(bad), "{bad}");
         }
+    }
+
+    #[test]
+    fn only_the_answer_to_what_was_asked_is_one() {
+        let frame = |stream, kind, payload: &[u8]| Frame { stream, kind, payload: payload.to_vec() };
+        let good = Response::refused(code::NOT_FOUND, "m");
+        let payload = good.encode_to_vec();
+        assert_eq!(Response::to_request_on(3, &frame(3, Kind::Response, &payload)), Some(good));
+        for other in [
+            frame(5, Kind::Response, &payload),
+            frame(3, Kind::Request, &payload),
+            frame(3, Kind::Response, &[0xFF]),
+        ] {
+            assert_eq!(Response::to_request_on(3, &other), None);
+        }
+        assert_eq!(crate::CONNECT, format!("CONNECT {}\n", crate::CONTROL_PORT));
     }
 
     #[test]
