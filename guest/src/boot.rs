@@ -177,8 +177,7 @@ fn start(
     let program = Program::new(process, &process.args, env).ok_or(Failure::new(Reason::NotValid))?;
     let ports = Ports { stdin: STDIN_PORT, stdout: STDOUT_PORT, stderr: STDERR_PORT };
     let (streams, plumbing) = streams::connect(ports, process.terminal, &manifest.host)?;
-    let started = spawn(space, &program, streams)?;
-    supervise::Process::new(started, plumbing, outputs).because(Reason::KernelRefused)
+    Ok(supervise::Process::new(spawn(space, &program, streams)?, plumbing, outputs))
 }
 
 #[cfg(test)]

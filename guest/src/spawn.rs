@@ -4,16 +4,18 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::thread;
 
 use cofferdam_container_manifest::Process;
 use cofferdam_container_protocol::step::Reason;
 use rustix::fs::{Mode, OFlags, fchown, open};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, PidfdFlags, chdir, ioctl_tiocsctty, pidfd_open, setsid, umask};
+use rustix::process::{
+    Pid, PidfdFlags, WaitId, WaitIdOptions, chdir, ioctl_tiocsctty, pidfd_open, setsid, umask, waitid,
+};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
@@ -136,6 +138,8 @@ fn start(program: &Program, streams: Streams) -> Result<Started, Failure> {
     match told.split_first() {
         None => Ok(Started { process, terminal }),
         Some((phase, errno)) => {
+            // Nobody else would bury it, and its namespace cannot end before.
+            let _ = retry_on_intr(|| waitid(WaitId::PidFd(process.as_fd()), WaitIdOptions::EXITED));
             let errno = errno.first_chunk().map_or(0, |bytes| i32::from_le_bytes(*bytes));
             Err(failure(*phase, Errno::from_raw_os_error(errno)))
         }

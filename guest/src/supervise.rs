@@ -43,18 +43,14 @@ pub struct Process {
 }
 
 impl Process {
-    /// Lets its streams flow.
-    ///
-    /// # Errors
-    /// If there are no descriptors left.
-    pub fn new(started: Started, plumbing: Plumbing, outputs: &Arc<Outputs>) -> std::io::Result<Self> {
+    /// Lets its streams flow. Without descriptors they end at once: it was started, and somebody has to wait for it.
+    pub fn new(started: Started, plumbing: Plumbing, outputs: &Arc<Outputs>) -> Self {
         let Started { process, terminal } = started;
-        let copy = terminal.as_ref().map(OwnedFd::try_clone).transpose()?;
-        plumbing.run(copy, outputs);
+        plumbing.run(terminal.as_ref().and_then(|terminal| terminal.try_clone().ok()), outputs);
         let process = Self { process: Arc::new(process), terminal, status: None };
         // Until somebody says how large it is. Without a terminal it says so, and that is well.
         let _ = process.resize(80, 24);
-        Ok(process)
+        process
     }
 
     fn resize(&self, columns: u16, rows: u16) -> Result<(), Refusal> {
@@ -184,11 +180,11 @@ impl Supervisor {
         let connected = streams::connect(ports, request.terminal, &self.manifest.host);
         let (streams, plumbing) = connected.map_err(|_| Refusal::NotRunnable)?;
         let started = spawn(&self.space, &program, streams).map_err(|_| Refusal::NotRunnable)?;
-        let process = Process::new(started, plumbing, &self.outputs).map_err(|_| Refusal::NotRunnable)?;
+        let process = Process::new(started, plumbing, &self.outputs);
         if let (Ok(columns @ 1..), Ok(rows @ 1..), true) =
             (u16::try_from(request.columns), u16::try_from(request.rows), request.terminal)
         {
-            process.resize(columns, rows)?;
+            let _ = process.resize(columns, rows);
         }
         Ok(process)
     }
