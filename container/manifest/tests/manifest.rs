@@ -225,6 +225,9 @@ fn versions_names_and_numbers() {
         assert_eq!(refused(|m| m.scratch = scratch), ("scratch.size".to_owned(), Problem::Size(size)));
         let tmpfs = Mount::Tmpfs(Tmpfs { path: "/tmp".to_owned(), size });
         assert_eq!(refused(|m| m.mounts[2] = tmpfs), ("mounts[2].size".to_owned(), Problem::Size(size)));
+        let Mount::Data(volume) = good().mounts[0].clone() else { panic!() };
+        let volume = Mount::Data(DataVolume { size, ..volume });
+        assert_eq!(refused(|m| m.mounts[0] = volume), ("mounts[0].size".to_owned(), Problem::Size(size)));
     }
     let id = Problem::NoId(u32::MAX);
     assert_eq!(refused(|m| m.process.uid = u32::MAX), ("process.uid".to_owned(), id));
@@ -293,7 +296,7 @@ fn mounts_that_clash() {
     assert_eq!(with(vec![tmpfs("/a/b"), tmpfs("/a")]), ("mounts[1].path".to_owned(), problem));
     assert_eq!(refused(|m| m.scratch = None), ("mounts[1]".to_owned(), Problem::NoScratch));
     let mut manifest = good();
-    manifest.mounts = vec![tmpfs("/a"), tmpfs("/a/b"), tmpfs("/ab")];
+    manifest.mounts = vec![tmpfs("/bc"), tmpfs("/b"), tmpfs("/a"), tmpfs("/a/b"), tmpfs("/ab")];
     assert!(encode(&manifest).is_ok());
 }
 
