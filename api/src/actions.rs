@@ -108,7 +108,7 @@ pub enum VmmData {
     Host(Value),
     /// Of `GET /metrics`: Prometheus text.
     Metrics(String),
-    /// Of `POST /container/exec`.
+    /// Of `POST /container/exec` and `GET /container/exec/{id}`.
     Executed(Executed),
     /// Of `GET /container/stats`.
     Stats(ContainerStats),

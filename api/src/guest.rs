@@ -130,6 +130,11 @@ pub async fn execute(
         stderr_port: exec.stderr_port,
     };
     guest.ask::<ExecResponse>(Method::Exec, &request).await?;
+    end(guest, id, time).await
+}
+
+/// Waits for the end of process `id`, `time` at most.
+pub async fn end(guest: &mut Guest, id: String, time: Option<Duration>) -> Result<Executed, GuestError> {
     let request = WaitRequest { id: id.clone() };
     let end = guest.wait::<WaitResponse>(Method::Wait, &request);
     let end = match time {

@@ -16,7 +16,7 @@ use crate::observe::{LoggerConfig, MetricsConfig};
 use crate::requests::{
     ActionType, DrivePatch, Exec, InstanceAction, Kill, MachinePatch, Resize, StateChange, WantedState,
 };
-use crate::validate::ConfigError;
+use crate::validate::{ConfigError, check_id};
 
 /// Longest `timeout_ms` of any request, milliseconds: a day.
 pub const MAX_TIMEOUT_MS: u64 = 24 * 60 * 60 * 1000;
@@ -42,6 +42,8 @@ pub enum Call {
 pub enum ContainerCall {
     /// A further process, and how long its end is waited for.
     Exec(Exec, Option<Duration>),
+    /// The end of such a process, and how long it is waited for.
+    Wait(String, Option<Duration>),
     /// A signal.
     Kill(Kill),
     /// Another size of a terminal.
@@ -331,6 +333,18 @@ pub const ROUTES: &[Route] = &[
             Ok(Call::Container(ContainerCall::Exec(exec, request.timeout()?)))
         },
     },
+    Route::get(
+        "/container/exec/{id}",
+        "container_exec",
+        "How a command that was run has ended; answers when it has, or at the time-out",
+        "Executed",
+        |request| {
+            check_id("id", request.parameter)?;
+            let id = request.parameter.to_owned();
+            Ok(Call::Container(ContainerCall::Wait(id, request.timeout()?)))
+        },
+    )
+    .with_query("timeout_ms", "integer"),
     Route::change(
         "POST",
         "/container/kill",

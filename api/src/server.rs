@@ -353,6 +353,7 @@ impl Service {
                 let id = exec.id.clone().unwrap_or_else(|| format!("exec-{}", number()));
                 VmmData::Executed(guest::execute(&mut guest, id, exec, time).await?)
             }
+            ContainerCall::Wait(id, time) => VmmData::Executed(guest::end(&mut guest, id, time).await?),
             ContainerCall::Kill(kill) => {
                 guest::kill(&mut guest, kill).await?;
                 VmmData::Empty

@@ -115,7 +115,7 @@ pub struct ContainerFailure {
     pub message: String,
 }
 
-/// Answer of `POST /container/exec`.
+/// Answer of `POST /container/exec` and `GET /container/exec/{id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Executed {

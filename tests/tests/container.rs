@@ -304,6 +304,7 @@ fn requests_are_served_before_which_nothing_is() {
     assert_eq!(domain.ask("POST /container/exec", &json!({"id": "x", "args": ["a"]})), executed);
     let named = domain.ask("POST /container/exec", &json!({"args": ["a"]}));
     assert_eq!(named, (200, json!({"id": "exec-0", "exit_code": 7})));
+    assert_eq!(domain.ask("GET /container/exec/x", &Value::Null), executed);
     for (request, body, words) in [
         ("POST /container/exec", json!({"args": []}), "args: 0 is not between 1 and 4096"),
         ("POST /container/exec", json!({"args": ["a"], "id": "a b"}), "id: \"a b\" may only have letters"),

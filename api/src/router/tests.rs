@@ -101,6 +101,10 @@ fn requests_are_actions() {
         ask("POST /container/exec?timeout_ms=5", r#"{"args": ["a"], "stdout_port": 1}"#),
         container(ContainerCall::Exec(exec, Some(Duration::from_millis(5))))
     );
+    let wait = |time| container(ContainerCall::Wait("x-1".to_owned(), time));
+    assert_eq!(ask("GET /container/exec/x-1", ""), wait(None));
+    assert_eq!(ask("GET /container/exec/x-1?timeout_ms=0", ""), wait(Some(Duration::ZERO)));
+    assert!(ask("GET /container/exec/x.1", "").is_err());
     assert_eq!(ask("GET /vm/wait", ""), Ok(Call::Wait(None)));
     assert_eq!(ask("GET /vm/wait?timeout_ms=20", ""), Ok(Call::Wait(Some(Duration::from_millis(20)))));
 }
@@ -187,7 +191,8 @@ fn every_path_of_the_document_has_a_route_and_every_route_is_in_it() {
     for (path, methods) in document["paths"].as_object().unwrap() {
         for (method, operation) in methods.as_object().unwrap() {
             documented += 1;
-            let request = format!("{} {}", method.to_uppercase(), path.replace("{drive_id}", "d"));
+            let request =
+                format!("{} {}", method.to_uppercase(), path.replace("{drive_id}", "d").replace("{id}", "x"));
             // A body that no route reads: what is there says so, and does not say that it is not there.
             let body = if operation["requestBody"].is_null() { "" } else { r#"{"nonsense": 1}"# };
             match ask(&request, body) {

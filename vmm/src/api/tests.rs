@@ -121,6 +121,7 @@ const TABLE: &[(&str, &str, [Is; 4])] = &[
     ("DELETE /vm", "", [End, Done, Done, Done]),
     // This domain has no container. With one: tests/tests/container.
     ("POST /container/exec", r#"{"args": ["a"]}"#, [TooEarly, Refused, Refused, Gone]),
+    ("GET /container/exec/x", "", [TooEarly, Refused, Refused, Gone]),
     ("POST /container/kill", r#"{"signal": "TERM"}"#, [TooEarly, Refused, Refused, Gone]),
     ("POST /container/resize", r#"{"columns": 80, "rows": 24}"#, [TooEarly, Refused, Refused, Gone]),
     ("GET /container/stats", "", [TooEarly, Refused, Refused, Gone]),
