@@ -6,6 +6,8 @@ use crate::image::Image;
 
 /// The search path of an image that has none.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The home of a user whom an image does not know.
+const HOME: &str = "/";
 /// What other container tools leave to a process of user 0.
 const CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",
@@ -65,12 +67,24 @@ impl Image {
         Users { passwd: &self.passwd, group: &self.group }.find(wanted)
     }
 
+    /// The variable `HOME` of `USER[:GROUP]`, as the image's `/etc/passwd` has it; nothing if the image itself gives it a value.
+    pub fn home(&self, wanted: &str) -> Option<String> {
+        if self.env.iter().any(|entry| entry.starts_with("HOME=")) {
+            return None;
+        }
+        let (user, _) = parts(wanted);
+        let users = Users { passwd: &self.passwd, group: &self.group };
+        let entry = users.entry(user);
+        let home = entry.as_ref().and_then(|entry| entry.get(5)).filter(|home| !home.is_empty());
+        Some(format!("HOME={}", home.unwrap_or(&HOME)))
+    }
+
     /// The manifest of this image. `command` and `user` replace what the image says, if they are given.
     ///
     /// # Errors
     /// If something that the image names is not there.
     pub fn manifest(&self, command: &[String], user: Option<&str>) -> Result<Manifest, ProcessError> {
-        manifest(self, self.args(command)?, self.identity(user.unwrap_or(&self.user))?)
+        manifest(self, self.args(command)?, user.unwrap_or(&self.user))
     }
 }
 
@@ -80,12 +94,13 @@ pub fn identity_by_numbers(wanted: &str) -> Option<Identity> {
     if numbers { Users { passwd: "", group: "" }.find(wanted).ok() } else { None }
 }
 
-fn manifest(image: &Image, args: Vec<String>, identity: Identity) -> Result<Manifest, ProcessError> {
-    let (uid, gid, groups) = identity;
+fn manifest(image: &Image, args: Vec<String>, user: &str) -> Result<Manifest, ProcessError> {
+    let (uid, gid, groups) = image.identity(user)?;
     let mut env = image.env.clone();
     if !env.iter().any(|entry| entry.starts_with("PATH=")) {
         env.insert(0, PATH.to_owned());
     }
+    env.extend(image.home(user));
     let signal = match image.stop_signal.as_deref() {
         None | Some("") => Signal::Term,
         Some(name) => Signal::from_name(name).ok_or_else(|| ProcessError::Signal(name.to_owned()))?,
@@ -128,6 +143,12 @@ fn absolute(path: &str) -> String {
     format!("/{}", parts.join("/"))
 }
 
+/// User and group of `USER[:GROUP]`.
+fn parts(wanted: &str) -> (&str, Option<&str>) {
+    let (user, group) = wanted.split_once(':').unwrap_or((wanted, ""));
+    (if user.is_empty() { "0" } else { user }, Some(group).filter(|group| !group.is_empty()))
+}
+
 /// The users and groups that an image knows.
 struct Users<'a> {
     passwd: &'a str,
@@ -136,18 +157,9 @@ struct Users<'a> {
 
 impl Users<'_> {
     fn find(&self, wanted: &str) -> Result<Identity, ProcessError> {
-        let (user, group) = match wanted.split_once(':') {
-            Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
-            None => (wanted, None),
-        };
-        let user = if user.is_empty() { "0" } else { user };
+        let (user, group) = parts(wanted);
         let number = user.parse::<u32>().ok();
-        let mut entries = self.passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());
-        let entry = entries.find(|entry| match (number, entry.as_slice()) {
-            (Some(number), [_, _, uid, ..]) => uid.parse() == Ok(number),
-            (None, [name, ..]) => *name == user,
-            _ => false,
-        });
+        let entry = self.entry(user);
         let field = |at: usize| entry.as_ref().and_then(|entry| entry.get(at)?.parse::<u32>().ok());
         let uid = number.or(field(2)).ok_or_else(|| ProcessError::User(user.to_owned()))?;
         let Some(group) = group else {
@@ -163,6 +175,17 @@ impl Users<'_> {
         let gid = group.parse().ok().or_else(by_name).ok_or_else(|| ProcessError::Group(group.to_owned()))?;
         // With a group of one's own choice there are no further ones, as elsewhere.
         Ok((uid, gid, vec![]))
+    }
+
+    /// The fields of a user's entry in `/etc/passwd`, by name or number.
+    fn entry(&self, user: &str) -> Option<Vec<&str>> {
+        let number = user.parse::<u32>().ok();
+        let mut entries = self.passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());
+        entries.find(|entry| match (number, entry.as_slice()) {
+            (Some(number), [_, _, uid, ..]) => uid.parse() == Ok(number),
+            (None, [name, ..]) => *name == user,
+            _ => false,
+        })
     }
 
     /// The groups that have this member, sorted.
@@ -201,6 +224,36 @@ mod tests {
         assert_eq!(users.find("nobody"), Err(ProcessError::User("nobody".to_owned())));
         assert_eq!(users.find("web:nobody"), Err(ProcessError::Group("nobody".to_owned())));
         assert_eq!(users.find("broken"), Err(ProcessError::User("broken".to_owned())));
+    }
+
+    #[test]
+    fn homes() {
+        let mut image = Image {
+            command: vec!["/a".to_owned()],
+            entrypoint: vec![],
+            env: vec![],
+            group: String::new(),
+            layers: vec![],
+            passwd: "root:x:0:0::/root:/bin/sh\nweb:x:33:34:w:/srv:/x\nbin:x:2:2:::\nshort:x:3\n".to_owned(),
+            stop_signal: None,
+            user: "web".to_owned(),
+            version: crate::image::VERSION,
+            working_dir: String::new(),
+        };
+        for (user, home) in [
+            ("", "/root"),
+            ("0:7", "/root"),
+            ("33", "/srv"),
+            ("web:0", "/srv"),
+            ("bin", "/"),
+            ("3", "/"),
+            ("9", "/"),
+        ] {
+            assert_eq!(image.home(user), Some(format!("HOME={home}")), "{user}");
+        }
+        assert_eq!(image.manifest(&[], None).unwrap().process.env, [PATH, "HOME=/srv"]);
+        image.env = vec!["HOME=/app".to_owned(), "PATH=/bin".to_owned()];
+        assert_eq!(image.manifest(&[], Some("root")).unwrap().process.env, image.env);
     }
 
     #[test]

@@ -31,7 +31,7 @@ fn a_layout_with_layers_packed_in_three_ways() {
     let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let lower = archive(&[
         entry(FOLDER, "etc/", "", b""),
-        entry(FILE, "etc/passwd", "", b"root:x:0:0:::\nweb:x:33:34:::\n"),
+        entry(FILE, "etc/passwd", "", b"root:x:0:0:::\nweb:x:33:34::/srv:\n"),
         entry(FILE, "etc/group", "", b"web:x:34:\nlog:x:7:web\n"),
         pax(&[("SCHILY.xattr.security.capability", &capability)], entry(FILE, "ping", "", b"ping")),
         entry(SYMLINK, "out", "../../../etc/shadow", b""),
@@ -61,7 +61,8 @@ fn a_layout_with_layers_packed_in_three_ways() {
     assert_eq!(summary.warnings.shown, [r#""null": device node: left out"#]);
     let process = &manifest.process;
     assert_eq!(process.args, ["/ping", "/bin/true"], "what is given replaces the image's command");
-    assert_eq!(process.env, ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "A=b"]);
+    let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    assert_eq!(process.env, [path, "A=b", "HOME=/srv"]);
     assert_eq!((process.cwd.as_str(), process.uid, process.gid), ("/etc", 33, 34));
     assert_eq!(process.groups, [7]);
     let host = serde_json::to_value(&manifest.host).unwrap();

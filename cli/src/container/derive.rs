@@ -146,6 +146,11 @@ impl Deriving {
             self.set(OPTION, "process.uid", |manifest| &mut manifest.process.uid, uid)?;
             self.set(OPTION, "process.gid", |manifest| &mut manifest.process.gid, gid)?;
             self.set(OPTION, "process.groups", |manifest| &mut manifest.process.groups, groups)?;
+            if let Some(home) = image.filter(|_| !self.exact).and_then(|image| image.home(user)) {
+                let env = &mut self.manifest.process.env;
+                env.retain(|entry| !entry.starts_with("HOME="));
+                env.push(home);
+            }
         }
         if let Some(size) = changes.scratch {
             let stored = self.manifest.scratch.as_ref();

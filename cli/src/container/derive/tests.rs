@@ -8,7 +8,7 @@ fn image() -> Image {
         env: vec!["A=1".to_owned()],
         group: "log:x:7:web\n".to_owned(),
         layers: vec![Layer { root_hash: RootHash([1; 32]), salt: Salt(vec![0; 32]), size: 4096 }],
-        passwd: "web:x:33:34::/:\n".to_owned(),
+        passwd: "root:x:0:0::/root:\nweb:x:33:34::/srv:\n".to_owned(),
         stop_signal: None,
         user: String::new(),
         version: 1,
@@ -71,6 +71,7 @@ fn every_option() -> Vec<(Changes, &'static str, &'static str, Manifest)> {
             with(|manifest| {
                 (manifest.process.uid, manifest.process.gid) = (33, 34);
                 manifest.process.groups = vec![7];
+                *manifest.process.env.last_mut().unwrap() = "HOME=/srv".to_owned();
             }),
         ),
         (
@@ -190,6 +191,28 @@ fn the_last_value_of_a_variable_counts() {
     let env = derived(&Changes { env, ..Changes::default() }).process.env;
     assert_eq!(env.last().unwrap(), "B=2");
     assert_eq!(env.iter().filter(|entry| entry.starts_with("B=")).count(), 1);
+}
+
+#[test]
+fn an_option_or_the_image_says_more_of_home_than_the_users_entry() {
+    let home = |image: &Image, env: &[(String, String)]| {
+        let changes = Changes { env: env.to_vec(), user: Some("web".to_owned()), ..Changes::default() };
+        let env = derive(image.manifest(&[], None).unwrap(), Some(image), &changes, false)
+            .unwrap()
+            .manifest
+            .process
+            .env;
+        let found: Vec<String> = env.into_iter().filter(|entry| entry.starts_with("HOME=")).collect();
+        found
+    };
+    assert_eq!(home(&image(), &[]), ["HOME=/srv"]);
+    assert_eq!(home(&image(), &[variable("HOME", "/tmp")]), ["HOME=/tmp"]);
+    let own = Image { env: vec!["HOME=/app".to_owned()], ..image() };
+    assert_eq!(home(&own, &[]), ["HOME=/app"]);
+    // Without an image nobody knows.
+    let changes = Changes { user: Some("33".to_owned()), ..Changes::default() };
+    let bound = derive(stored(), None, &changes, false).unwrap();
+    assert!(bound.manifest.process.env.contains(&"HOME=/root".to_owned()));
 }
 
 #[test]
