@@ -214,7 +214,8 @@ fn twenty_starts_leave_nothing_behind() {
 #[ignore = "long: make test-all"]
 fn debian_with_python_as_three_layers_of_an_image() {
     let assets = xtask::assets::Assets::from_environment().unwrap();
-    let (case, source) = (Case::new(), format!("oci:{}", assets.debian_python.display()));
+    let (case, layout) = (Case::new(), assets.debian_python.expect("a long test"));
+    let source = format!("oci:{}", layout.display());
     let code = "import os, sys; print(sys.argv[1:], os.environ['WORD'], os.getuid()); sys.exit(4)";
     let options = &["-e", "WORD=w", "-u", "games", "--read-only", "--scratch", "64M"];
     for _ in 0..2 {

@@ -92,8 +92,8 @@ pub struct Assets {
     pub firmware: PathBuf,
     /// A static busybox.
     pub busybox: PathBuf,
-    /// An OCI image layout: Debian, Python, and a program.
-    pub debian_python: PathBuf,
+    /// An OCI image layout: Debian, Python, and a program. It is large, and only a long test's ([`Self::fetch_for_long_tests`]).
+    pub debian_python: Option<PathBuf>,
 }
 
 impl Assets {
@@ -114,9 +114,15 @@ impl Assets {
             rig_kernel: rig.image,
             qemu: emulator::fetch(&cache)?,
             firmware: emulator::firmware(&cache)?,
-            debian_python: debian::fetch(&cache)?,
+            debian_python: None,
             busybox,
         })
+    }
+
+    /// Adds what only the long tests of the domain tier use.
+    pub fn fetch_for_long_tests(&mut self) -> Result<(), Error> {
+        self.debian_python = Some(debian::fetch(&Cache::open()?)?);
+        Ok(())
     }
 
     /// What whoever started this process fetched, and named as JSON in [`ENVIRONMENT`].
@@ -125,7 +131,7 @@ impl Assets {
     }
 
     /// Names and paths, for a listing.
-    pub fn list(&self) -> [(&'static str, &PathBuf); 10] {
+    pub fn list(&self) -> [(&'static str, &PathBuf); 9] {
         [
             ("guest_kernel", &self.guest_kernel),
             ("guest_vmlinux", &self.guest_vmlinux),
@@ -136,7 +142,6 @@ impl Assets {
             ("qemu", &self.qemu),
             ("firmware", &self.firmware),
             ("busybox", &self.busybox),
-            ("debian_python", &self.debian_python),
         ]
     }
 }

@@ -80,6 +80,9 @@ pub fn tests(tier: Tier, selection: &Selection) -> Result<u8, RigError> {
         assets.container_kernel = small_kernel::fetch(&Cache::open()?)?;
         assets.container_modules = None;
     }
+    if selection.long && tier == Tier::Domain {
+        assets.fetch_for_long_tests()?;
+    }
     progress(format_args!("building the tests of the {} tier", tier.name()));
     let mut command = vec![test_program(tier.name())?.into(), "--test-threads=1".into()];
     command.extend(selection.long.then(|| "--include-ignored".into()));
