@@ -373,6 +373,10 @@ fn start_variables() {
         let problem = Problem::VariableName(name.to_owned());
         assert_eq!(bad, ("process.start_env[0].name".to_owned(), problem));
     }
+    assert!(matches!(
+        refused(|m| m.process.start_env[1].name = "B".repeat(256)),
+        (field, Problem::Length { length: 256, max: 255 }) if field == "process.start_env[1].name"
+    ));
     let bad = refused(|m| m.process.start_env[1].pattern = "(".to_owned());
     assert_eq!(bad, ("process.start_env[1].pattern".to_owned(), Problem::Pattern("(".to_owned())));
     assert!(matches!(

@@ -7,10 +7,11 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use cofferdam_container_manifest::{Layer, Salt, decode, encode};
 use cofferdam_tests::container::{image, layers, tool};
 use cofferdam_tests::place;
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// A folder with a container of busybox, and its own run directory.
@@ -75,7 +76,7 @@ fn what_the_command_line_says_is_so_in_the_container() {
     let case = Case::new();
     let options = ["-e", "A=1 2", "-u", "33:34", "--read-only", "--scratch", "16M", "-i", "--json"];
     let mut child = case
-        .run(&options, "wc -c; echo $A; id -u; id -g; touch /x; echo error >&2; exit 7")
+        .run(&options, "wc -c; echo $A $HOME; id -u; id -g; touch /x; echo error >&2; exit 7")
         .stdin(Stdio::piped())
         .spawn()
         .unwrap();
@@ -84,7 +85,7 @@ fn what_the_command_line_says_is_so_in_the_container() {
     assert_eq!(output.status.code(), Some(7), "{}", shown(&output));
     let text = String::from_utf8(output.stdout.clone()).unwrap();
     let lines: Vec<&str> = text.lines().collect();
-    assert_eq!(lines[..4], ["300000", "1 2", "33", "34"], "{text}");
+    assert_eq!(lines[..4], ["300000", "1 2 /", "33", "34"], "{text}");
     let errors = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(errors, "touch: /x: Read-only file system\nerror\n");
     let outcome: Value = serde_json::from_str(lines[4]).unwrap();
@@ -94,6 +95,38 @@ fn what_the_command_line_says_is_so_in_the_container() {
         (&true.into(), &"plain".into())
     );
     assert!(case.left().is_empty(), "{:?}", case.left());
+}
+
+/// A blob as containerd's EROFS differ leaves it with dm-verity on, made by the tools that it calls.
+#[test]
+fn a_layer_of_stock_tools_is_used_as_it_is() {
+    let case = Case::new();
+    let file = case.path("layer.erofs");
+    let mut mkfs = Command::new("mkfs.erofs");
+    tool(mkfs.args(["--quiet", "--all-root", "-T0", "-Enoinline_data"]).arg(&file).arg(&layers()[0]));
+    let size = fs::metadata(&file).unwrap().len();
+    let salt = Salt(vec![0; 32]);
+    let mut format = Command::new("veritysetup");
+    format.args(["format", "--hash=sha256", "--data-block-size=4096", "--hash-block-size=4096"]);
+    format.args([
+        format!("--salt={salt}"),
+        format!("--hash-offset={size}"),
+        format!("--data-blocks={}", size / 4096),
+    ]);
+    let said = String::from_utf8(tool(format.arg(&file).arg(&file))).unwrap();
+    let root_hash = said.lines().find_map(|line| line.strip_prefix("Root hash:")).unwrap().trim();
+    let folder = case.path("c/layers").join(root_hash);
+    fs::create_dir(&folder).unwrap();
+    fs::rename(file, folder.join("layer.erofs")).unwrap();
+    let metadata = json!({"roothash": root_hash, "hashoffset": size}).to_string();
+    fs::write(folder.join("layer.erofs.dmverity"), metadata).unwrap();
+    let script = "cat /which; exit 6";
+    let mut manifest = decode(&fs::read(case.path("c/manifest.json")).unwrap()).unwrap();
+    manifest.layers = vec![Layer { root_hash: root_hash.parse().unwrap(), salt, size }];
+    manifest.process.args = ["sh", "-c", script].map(str::to_owned).into();
+    fs::write(case.path("other.json"), encode(&manifest).unwrap()).unwrap();
+    let output = case.run(&["--manifest", "other.json"], script).output().unwrap();
+    assert_eq!((output.status.code(), &output.stdout[..]), (Some(6), &b"lowest\n"[..]), "{}", shown(&output));
 }
 
 #[test]
@@ -110,16 +143,18 @@ fn a_closed_standard_output_ends_a_container_as_in_a_pipeline() {
 #[test]
 fn signals_are_the_containers_own() {
     let case = Case::new();
-    let mut child =
-        case.run(&[], "trap 'echo caught; exit 9' TERM; echo up; while :; do sleep 1; done").spawn().unwrap();
-    let mut stdout = BufReader::new(child.stdout.take().unwrap());
-    let mut line = String::new();
-    stdout.read_line(&mut line).unwrap();
-    assert_eq!(line, "up\n");
-    send(&child, Signal::TERM);
-    let mut rest = String::new();
-    stdout.read_to_string(&mut rest).unwrap();
-    assert_eq!((rest.as_str(), child.wait().unwrap().code()), ("caught\n", Some(9)));
+    for (name, signal) in [("TERM", Signal::TERM), ("INT", Signal::INT)] {
+        let script = format!("trap 'echo caught; exit 9' {name}; echo up; while :; do sleep 1; done");
+        let mut child = case.run(&[], &script).spawn().unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        stdout.read_line(&mut line).unwrap();
+        assert_eq!(line, "up\n");
+        send(&child, signal);
+        let mut rest = String::new();
+        stdout.read_to_string(&mut rest).unwrap();
+        assert_eq!((rest.as_str(), child.wait().unwrap().code()), ("caught\n", Some(9)), "{name}");
+    }
 }
 
 #[test]
@@ -142,7 +177,7 @@ fn one_in_the_background_runs_commands_and_says_what_it_uses() {
     assert!(shown(&refused).contains("host.signals"), "{}", shown(&refused));
     let stats: Value =
         serde_json::from_slice(&tool(&mut case.cofferdam(&["stats", "bg", "--json"]))).unwrap();
-    assert_eq!(stats["refused"], serde_json::json!({"Exec": 1, "Signal": 1}));
+    assert_eq!(stats["refused"], json!({"Exec": 1, "Signal": 1}));
     let end = Instant::now() + Duration::from_secs(240);
     loop {
         let logs = case.cofferdam(&["logs", "bg"]).output().unwrap();

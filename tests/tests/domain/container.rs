@@ -5,9 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use cofferdam_container_manifest::{
-    DataVolume, Mount, Protection, Rlimit, Scratch, ScratchVolume, Signal, StartVariable, Tmpfs, digest,
-};
+use cofferdam_container_manifest::{DataVolume, Mount, Rlimit, Signal, StartVariable, Tmpfs, digest};
 use cofferdam_container_protocol::CONTROL_PORT;
 use cofferdam_container_protocol::frame::{Decoder, Frame, Kind};
 use cofferdam_container_protocol::message::{
@@ -37,7 +35,7 @@ fn a_container_runs_from_three_layers() {
 }
 
 /// Checks that init did not start the container, for this reason.
-fn check_refused(ended: &Ended, why: &str) {
+pub(super) fn check_refused(ended: &Ended, why: &str) {
     assert!(ended.was_refused(why), "no {why:?}: {ended}");
     assert_eq!(ended.done.code(), 120, "{ended}");
     assert!(ended.stdout.is_empty(), "{ended}");
@@ -71,7 +69,7 @@ fn of_text(container: &mut Container, change: fn(String) -> String) {
 }
 
 /// Gives two layers each other's drives.
-fn swap(container: &mut Container) {
+pub(super) fn swap(container: &mut Container) {
     let id = container.drives[0].0.clone();
     container.drives[0].0 = std::mem::replace(&mut container.drives[2].0, id);
 }
@@ -149,7 +147,7 @@ fn the_process_is_what_the_manifest_says() {
     assert_eq!(ended.done.code(), 3, "{ended}");
 }
 
-fn tmpfs(path: &str) -> Mount {
+pub(super) fn tmpfs(path: &str) -> Mount {
     Mount::Tmpfs(Tmpfs { path: path.to_owned(), size: 1 << 20 })
 }
 
@@ -205,6 +203,25 @@ fn standard_input_arrives_and_ends() {
     assert_eq!(ended.text(), format!("{}  -\nend\n", hex(&digest(&large()))), "{ended}");
 }
 
+/// Nothing that the manifest does not grant passes, though the host listens; and a program that the container's shell does not find is
+/// not one that init did not find.
+#[test]
+fn ungranted_streams_are_dev_null() {
+    let script =
+        "exec 3>&1; cat; echo out; echo err >&2; stat -L -c %t:%T /proc/$$/fd/0 /proc/$$/fd/3 >&2; /nothing";
+    let mut container = Container::new(script);
+    container.manifest.host.stdout = false;
+    let listening =
+        [1025, 1026].map(|port| UnixListener::bind(container.file(&format!("v_{port}"))).unwrap());
+    let ended = container.finish();
+    assert_eq!(ended.stderr, b"err\n1:3\n1:3\nsh: /nothing: not found\n", "{ended}");
+    assert_eq!(ended.done.code(), 127, "{ended}");
+    for listener in listening {
+        listener.set_nonblocking(true).unwrap();
+        assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    }
+}
+
 #[test]
 fn many_bytes_of_output_arrive_intact() {
     output(8 << 20);
@@ -236,115 +253,6 @@ fn a_terminal_is_one() {
     assert!(text.contains("24 80\r\n/dev/pts/0\r\nthree\r\n"), "{ended}");
     assert!(text.contains("<typed>\r\n"), "{ended}");
     assert_eq!(ended.done.code(), 6, "{ended}");
-}
-
-/// Flips a bit in a drive's file.
-fn flip(container: &mut Container, id: &str, place: impl FnOnce(&[u8]) -> usize) {
-    let path = container.own_file(id);
-    let mut bytes = std::fs::read(&path).unwrap();
-    let at = place(&bytes);
-    bytes[at] ^= 4;
-    std::fs::write(path, bytes).unwrap();
-}
-
-/// A byte in the middle of the content of /large.
-fn in_large(bytes: &[u8]) -> usize {
-    let middle: Vec<u8> = (100_000..100_100_u32).flat_map(u32::to_le_bytes).collect();
-    bytes.windows(middle.len()).position(|window| window == middle).unwrap()
-}
-
-#[test]
-fn a_wrong_block_is_never_served() {
-    let script = "cat /which; sha256sum /large 2>&1; exit 5";
-    let mut container = Container::new(script);
-    flip(&mut container, "layer2", in_large);
-    let ended = container.finish();
-    assert_eq!(ended.text(), "highest\nsha256sum: can't read '/large': Input/output error\n", "{ended}");
-    assert_eq!(ended.done.code(), 5, "{ended}");
-}
-
-fn scratch(protection: Protection, size: u64) -> Scratch {
-    Scratch { protection, size }
-}
-
-/// Uses a file system so that blocks of all kinds come and go, and looks whether one was read that was never written.
-const USE: &str = "mkdir /v/d; for i in $(seq 1 300); do echo $i > /v/d/file-with-a-long-name-$i; done; rm /v/d/*7*; \
-    for i in $(seq 1 20); do mkdir -p /v/e$i/f/g; ln -s x /v/e$i/l; dd if=/dev/zero of=/v/e$i/s bs=1k seek=$((i * 3000)) count=3 2> /dev/null; done; \
-    test-guest pattern 3000000 9 > /v/data; test-guest pattern 100000 9 > /root-file; sync; \
-    mount -t proc proc /mnt; echo 3 > /mnt/sys/vm/drop_caches; rm -r /v/e1*; for i in $(seq 1 50); do echo $i > /v/d/again-$i; done; sync; \
-    echo 3 > /mnt/sys/vm/drop_caches; test-guest check 3000000 9 < /v/data && test-guest check 100000 9 < /root-file && echo checked; \
-    ls /v/d | wc -l; mount | grep -c ext4";
-
-fn on_scratch(script: &str, scratch: Scratch) -> Container {
-    let mut container = Container::new(&format!("exec 2>&1; {script}")).with_scratch(scratch);
-    container.manifest.mounts = vec![Mount::Scratch(ScratchVolume { path: "/v".to_owned() }), tmpfs("/mnt")];
-    container.manifest.process.capabilities =
-        ["CAP_DAC_OVERRIDE", "CAP_SYSLOG", "CAP_SYS_ADMIN"].map(str::to_owned).into();
-    container
-}
-
-#[test]
-fn a_scratch_device_is_used_and_nothing_is_read_that_was_not_written() {
-    let protection = Protection::Authenticated;
-    let ended = on_scratch(USE, scratch(protection, 256 << 20)).finish();
-    assert_eq!(ended.text(), "checked\n293\n1\n", "{protection:?}: {ended}");
-    // The kernel says it on the console.
-    let console = ended.done.console();
-    assert!(!console.contains("INTEGRITY AEAD") && !console.contains("I/O error"), "{ended}");
-    // The content is on the host's disk, and cannot be read there.
-    let bytes = std::fs::read(ended.container.file("scratch")).unwrap();
-    let mut start = vec![0; 4096];
-    Read::read_exact(&mut cofferdam_test_guest::Pattern::new(9), &mut start).unwrap();
-    let seen = bytes.chunks(4096).any(|chunk| chunk == start);
-    assert!(!seen, "{protection:?}");
-    assert_ne!(bytes.iter().filter(|byte| **byte != 0).count(), 0);
-}
-
-/// Compares what is written, not time: how many blocks of the host's file there are afterwards.
-#[test]
-fn a_larger_scratch_device_takes_no_longer_to_make() {
-    use std::os::unix::fs::MetadataExt;
-    let blocks = |size| {
-        let ended = on_scratch("echo x > /v/x; df -m /v | tail -1", scratch(Protection::Authenticated, size))
-            .finish();
-        assert_eq!(ended.done.code(), 0, "{ended}");
-        std::fs::metadata(ended.container.file("scratch")).unwrap().blocks() / 2
-    };
-    let (small, large) = (blocks(256 << 20), blocks(1 << 40));
-    // KiB: descriptors of 8,000 groups, and tags in as many places as before.
-    assert!(small < 1024 && large < small + 1024, "{small} KiB, {large} KiB");
-}
-
-/// The host changes blocks while the container runs.
-#[test]
-fn a_changed_block_of_an_authenticated_device_fails_to_be_read() {
-    let script = "test-guest pattern 8000000 9 > /v/data; sync; mount -t proc proc /mnt; echo written; read line; \
-        echo 3 > /mnt/sys/vm/drop_caches; cat /v/data > /dev/null; echo $?";
-    let mut container = on_scratch(script, scratch(Protection::Authenticated, 64 << 20));
-    container.manifest.host.stdin = true;
-    let path = container.file("scratch");
-    let started = container.start();
-    started.wait_for("written");
-    let bytes = std::fs::read(&path).unwrap();
-    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
-    // Of the longest run of written blocks, which has the data: one in the middle.
-    let written: Vec<bool> = bytes.chunks(4096).map(|block| block.iter().any(|byte| *byte != 0)).collect();
-    let runs = written.split(|written| !written).map(|run| (run.len(), run.as_ptr()));
-    let (length, start) = runs.max_by_key(|(length, _)| *length).unwrap();
-    let block = (start as usize - written.as_ptr() as usize) + length / 2;
-    std::os::unix::fs::FileExt::write_all_at(&file, &[bytes[block * 4096] ^ 1], block as u64 * 4096).unwrap();
-    started.send(b"go on\n");
-    let ended = started.finish();
-    assert_eq!(ended.text(), "written\ncat: read error: Input/output error\n1\n", "{ended}");
-}
-
-#[test]
-fn the_drive_of_a_scratch_device_must_be_as_the_manifest_says() {
-    let mut container = on_scratch("echo it runs", scratch(Protection::None, 64 << 20));
-    container.manifest.scratch = Some(scratch(Protection::None, 128 << 20));
-    check_refused(&container.finish(), "layers: drive 3 wrong_size");
-    let tiny = on_scratch("echo it runs", scratch(Protection::Authenticated, 64 << 10));
-    check_refused(&tiny.finish(), "scratch: format_failed");
 }
 
 /// Connects to init's port as the monitor does.
@@ -384,8 +292,16 @@ fn ask(socket: &Path, method: Method, message: &impl Message) -> Result<Vec<u8>,
 fn the_host_asks_and_abuses_and_the_container_notices_nothing() {
     let script = "trap 'echo stopped; exit 9' TERM; trap 'echo user' USR1; echo ready; while :; do sleep 1000 & wait; done";
     let mut container = Container::new(script).stoppable(&[Signal::Usr1], Signal::Term, 3_600_000);
-    container.manifest.host.exec =
-        vec![vec!["sh".to_owned(), "-c".to_owned(), "echo from exec; exit 11".to_owned()]];
+    let shell = |script: &str| ["sh", "-c", script].map(str::to_owned).to_vec();
+    let ends = [
+        ("exit 0", 0),
+        ("exec /nothing", 127),
+        ("exec /which", 126),
+        ("kill -SEGV $$", 139),
+        ("kill -9 $$", 137),
+    ];
+    container.manifest.host.exec = vec![shell("echo from exec; exit 11"), vec!["/nothing".to_owned()]];
+    container.manifest.host.exec.extend(ends.map(|(script, _)| shell(script)));
     let exec = ExecRequest {
         id: "x".to_owned(),
         args: container.manifest.host.exec[0].clone(),
@@ -417,6 +333,14 @@ fn the_host_asks_and_abuses_and_the_container_notices_nothing() {
     assert_eq!(output, "from exec\n");
     let waited = ask(&socket, Method::Wait, &WaitRequest { id: "x".to_owned() }).unwrap();
     assert_eq!(WaitResponse::decode(&*waited).unwrap().exit_status, 11);
+    for (script, status) in ends {
+        let exec = ExecRequest { id: "x".to_owned(), args: shell(script), ..Default::default() };
+        assert_eq!(ask(&socket, Method::Exec, &exec), Ok(vec![]));
+        let waited = ask(&socket, Method::Wait, &WaitRequest { id: "x".to_owned() }).unwrap();
+        assert_eq!(WaitResponse::decode(&*waited).unwrap().exit_status, status, "{script}");
+    }
+    let nothing = ExecRequest { id: "y".to_owned(), args: vec!["/nothing".to_owned()], ..Default::default() };
+    assert_eq!(ask(&socket, Method::Exec, &nothing), Err(code::INTERNAL));
     let signal = |signal: &str| {
         ask(&socket, Method::Signal, &SignalRequest { signal: signal.to_owned(), ..Default::default() })
     };

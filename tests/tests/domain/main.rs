@@ -3,6 +3,7 @@
 
 mod command_line;
 mod container;
+mod container_drives;
 mod curl;
 mod disk;
 mod hostile_host;
