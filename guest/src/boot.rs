@@ -202,9 +202,17 @@ mod tests {
         assert_eq!(refused(&drive(MANIFEST, "A", "3"), bound), Reason::StartValuesRefused);
         assert_eq!(refused(&drive(MANIFEST, "B", "2"), bound), Reason::StartValuesRefused);
         assert_eq!(refused(&[0; 4096], bound), Reason::NotValid);
-        for other in
-            [MANIFEST.replace(r#":1}"#, ":2}"), format!("{MANIFEST} "), MANIFEST.replace("\"a\"", "\"-\"")]
-        {
+        let mount = r#""mounts":[{"tmpfs":{"path":"/a/../..","size":4096}}]"#;
+        let args = format!(r#""args":["/a"{}]"#, r#","b""#.repeat(manifest::MAX_WORDS));
+        for other in [
+            MANIFEST.replace(r#":1}"#, ":2}"),
+            MANIFEST.replace(r#":1}"#, r#":1,"y":1}"#),
+            format!("{MANIFEST} "),
+            MANIFEST.replace("\"a\"", "\"-\""),
+            MANIFEST.replace(r#""mounts":[]"#, mount),
+            MANIFEST.replace(r#""args":["/a"]"#, &args),
+        ] {
+            assert_ne!(other, MANIFEST);
             let bound = manifest::digest(other.as_bytes());
             assert_eq!(refused(&drive(&other, "A", "2"), bound), Reason::NotValid, "{other}");
         }

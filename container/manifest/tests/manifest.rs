@@ -311,8 +311,12 @@ fn arguments_and_environment() {
     );
     assert_eq!(refused(|m| m.host.exec[0].clear()).0, "host.exec[0]");
     assert_eq!(refused(|m| m.host.exec[0][0].clear()), ("host.exec[0][0]".to_owned(), Problem::Empty));
-    let bad = refused(|m| m.process.args.push("a".repeat(MAX_WORDS_BYTES)));
-    assert!(matches!(bad.1, Problem::WordsBytes(_)));
+    let long = |bytes: usize| words(&["/a", &"a".repeat(bytes - 4)]);
+    let mut manifest = good();
+    manifest.process.args = long(MAX_WORDS_BYTES);
+    encode(&manifest).unwrap();
+    let bad = refused(|m| m.process.args = long(MAX_WORDS_BYTES + 1));
+    assert_eq!(bad.1, Problem::WordsBytes(MAX_WORDS_BYTES + 1));
     for entry in ["", "A", "=a"] {
         let bad = refused(|m| m.process.env[1] = entry.to_owned());
         assert_eq!(bad, ("process.env[1]".to_owned(), Problem::Variable));
@@ -374,7 +378,7 @@ fn start_variables() {
         assert_eq!(bad, ("process.start_env[0].name".to_owned(), problem));
     }
     assert!(matches!(
-        refused(|m| m.process.start_env[1].name = "B".repeat(256)),
+        refused(|m| m.process.start_env[1].name = "S".repeat(256)),
         (field, Problem::Length { length: 256, max: 255 }) if field == "process.start_env[1].name"
     ));
     let bad = refused(|m| m.process.start_env[1].pattern = "(".to_owned());
