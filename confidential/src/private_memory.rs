@@ -304,7 +304,10 @@ impl Bitmap {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::host;
     use proptest::prelude::*;
 
     /// Slots with these starts and lengths.
@@ -364,6 +367,7 @@ mod tests {
             (1 << 32, MIB + 1, false),
             (0xC000_0000, 1, false),
             (u64::MAX, 2, false),
+            (0x2000, u64::MAX, false),
         ] {
             assert_eq!(memory.is_shared(gpa, length), shared, "{gpa:#x} {length:#x}");
         }
@@ -383,6 +387,55 @@ mod tests {
         // The page itself changes, whoever had it.
         assert_eq!(slot.unclaimed_around(0x2000), 0..0x7000);
         assert_eq!(slot.unclaimed_around(0x8000), 0x8000..STEP);
+    }
+
+    /// A VM whose KVM knows nothing of private memory: each change fails, and says of what it was.
+    fn vm() -> VmFd {
+        host::require(Path::new("/dev/kvm")).unwrap().create_vm().unwrap()
+    }
+
+    /// Where a change was tried.
+    fn tried(error: ConversionError) -> Option<Range<u64>> {
+        match error {
+            ConversionError::Host { call: "KVM_SET_MEMORY_ATTRIBUTES", gpa, length, .. } => {
+                Some(gpa..gpa + length)
+            }
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn a_fault_that_takes_from_the_guest_takes_one_page() {
+        let (memory, vm) = (memory(&[(0, 5 * MIB)]), vm());
+        let moved = |gpa, length, side| tried(memory.fault(&vm, gpa, length, side).unwrap_err());
+        assert_eq!(moved(0x3456, 1, Side::Private), Some(0..STEP));
+        assert_eq!(moved(0x3456, 1, Side::Shared), Some(0x3000..0x4000));
+        assert_eq!(moved(0x3000, 0, Side::Shared), Some(0x3000..0x4000));
+        assert_eq!(moved(0x3fff, 2, Side::Private), Some(0x3000..0x5000));
+        for (gpa, length) in
+            [(5 * MIB, 4096), (5 * MIB - 1, 2), (u64::MAX, 1), (u64::MAX - 4096, 4096), (8, u64::MAX)]
+        {
+            for side in [Side::Private, Side::Shared] {
+                assert_eq!(moved(gpa, length, side), None, "{gpa:#x} {length:#x}");
+            }
+        }
+    }
+
+    /// A device must not see a page for a moment that the guest takes for its own.
+    #[test]
+    fn a_page_that_changes_sides_is_no_device_s_meanwhile() {
+        let (memory, vm) = (memory(&[(0, MIB)]), vm());
+        let slot = &memory.slots[0];
+        slot.is_shared.set(0..4, true);
+        slot.is_private.set(8..12, true);
+        assert_eq!(
+            tried(memory.convert(&vm, 0x1000, 0x1000, Side::Private, |_| true).unwrap_err()),
+            Some(0x1000..0x2000)
+        );
+        assert!(memory.is_shared(0, 0x1000) && memory.is_shared(0x2000, 0x2000));
+        assert!(!memory.is_shared(0x1000, 1) && !slot.is_private.contains(1));
+        memory.convert(&vm, 0x8000, 0x1000, Side::Shared, |_| true).unwrap_err();
+        assert!(!memory.is_shared(0x8000, 1) && !slot.is_private.contains(8) && slot.is_private.contains(9));
     }
 
     proptest! {

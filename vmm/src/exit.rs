@@ -44,6 +44,13 @@ pub fn set_hypercall_result(vcpu: &mut VcpuFd, result: u64) {
     }
 }
 
+/// What [`set_hypercall_result`] has set.
+#[cfg(test)]
+pub fn hypercall_result(vcpu: &mut VcpuFd) -> u64 {
+    // SAFETY: any bytes are a number.
+    unsafe { vcpu.get_kvm_run().__bindgen_anon_1.hypercall.ret }
+}
+
 /// The part of `kvm_run` of `KVM_EXIT_SNP_REQ_CERTS` (Linux `Documentation/virt/kvm/api.rst`).
 #[derive(Clone, Copy)]
 #[repr(C)]

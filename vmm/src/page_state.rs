@@ -128,7 +128,71 @@ impl PageState {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::path::Path;
+
+    use cofferdam_confidential::host;
+    use cofferdam_confidential::private_memory::PrivateSlot;
+    use cofferdam_firmware::layout::MIB;
+    use kvm_bindings::KVM_EXIT_HYPERCALL;
+    use vm_memory::FileOffset;
+
     use super::*;
+
+    /// 8 MiB of private memory of a VM whose KVM has no such: what is not refused before it is asked fails.
+    fn page_state() -> (PageState, VcpuFd) {
+        let vm = host::require(Path::new("/dev/kvm")).unwrap().create_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let file = || File::open("/dev/null").unwrap();
+        let slot = PrivateSlot::new(0..8 * MIB, FileOffset::new(file(), 0), file());
+        (PageState::new(Arc::new(vm), Arc::new(PrivateMemory::new(vec![slot]))), vcpu)
+    }
+
+    #[test]
+    fn a_guest_that_asks_for_what_cannot_be_hears_so() {
+        let (pages, mut vcpu) = page_state();
+        let gate = Gate::default();
+        let mut asked = |number, gpa, count, attributes| {
+            vcpu.get_kvm_run().exit_reason = KVM_EXIT_HYPERCALL;
+            exit::set_hypercall_result(&mut vcpu, 0xAA);
+            let served = pages.hypercall(&mut vcpu, number, [gpa, count, attributes, 0, 0, 0], &gate);
+            served.map(|()| exit::hypercall_result(&mut vcpu))
+        };
+        for attributes in [0, ENCRYPTED, ENCRYPTED | 1] {
+            for (gpa, count) in [
+                (0, 0),
+                (1, 1),
+                (8 * MIB, 1),
+                (8 * MIB - PAGE_SIZE, 2),
+                (0, 1 << 52 | 1),
+                (PAGE_SIZE, u64::MAX / PAGE_SIZE),
+                (!(PAGE_SIZE - 1), 1),
+                (0, u64::MAX),
+            ] {
+                assert_eq!(
+                    asked(HC_MAP_GPA_RANGE, gpa, count, attributes),
+                    Ok(REFUSED),
+                    "{gpa:#x} {count:#x}"
+                );
+            }
+            let failed = asked(HC_MAP_GPA_RANGE, 0, 1, attributes).unwrap_err();
+            assert!(failed.starts_with("KVM_SET_MEMORY_ATTRIBUTES of 0x1000 bytes at 0x0: "), "{failed}");
+        }
+        assert_eq!(asked(HC_MAP_GPA_RANGE + 1, 0, 1, ENCRYPTED), Err("unexpected hypercall 13".to_owned()));
+    }
+
+    #[test]
+    fn an_access_to_what_is_no_ram_is_not_served() {
+        let (pages, _) = page_state();
+        for flags in [0, PRIVATE] {
+            let refused = pages.fault(flags, 8 * MIB, 4096).unwrap_err();
+            assert_eq!(refused, "0x1000 bytes at 0x800000 are not whole pages of this domain's RAM");
+        }
+        let moved = pages.fault(PRIVATE, 0x5000, 4096).unwrap_err();
+        assert!(moved.starts_with("KVM_SET_MEMORY_ATTRIBUTES of 0x200000 bytes at 0x0: "), "{moved}");
+        let moved = pages.fault(0, 0x5000, 4096).unwrap_err();
+        assert!(moved.starts_with("KVM_SET_MEMORY_ATTRIBUTES of 0x1000 bytes at 0x5000: "), "{moved}");
+    }
 
     const PRIVATE: u64 = KVM_MEMORY_EXIT_FLAG_PRIVATE as u64;
 

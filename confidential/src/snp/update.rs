@@ -131,7 +131,8 @@ mod tests {
 
     #[test]
     fn progress_that_cannot_be_is_refused() {
-        let half = kvm_sev_snp_launch_update { len: 3 * PAGE_SIZE + 1, ..pages(1, 3) };
+        let rest = 3 * PAGE_SIZE + 1;
+        let half = kvm_sev_snp_launch_update { len: rest, uaddr: ADDRESS + PAGE_SIZE - 1, ..pages(0, 4) };
         let bad = [
             pages(0, 4),                                                  // none
             pages(1, 4),                                                  // a window that moves
