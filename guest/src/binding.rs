@@ -10,6 +10,7 @@
 
 use std::path::Path;
 
+use cofferdam_container_protocol::modules::Need;
 use cofferdam_container_protocol::step::Reason;
 
 use crate::failure::Failure;
@@ -45,6 +46,15 @@ impl Platform {
             Self::Unknown
         } else {
             Self::Plain
+        }
+    }
+
+    /// What its modules are needed for.
+    pub fn need(self) -> Option<Need> {
+        match self {
+            Self::Plain => None,
+            Self::Snp => Some(Need::Snp),
+            Self::Unknown => Some(Need::Tdx),
         }
     }
 

@@ -1,22 +1,24 @@
 //! From nothing to the container's process, step by step.
 
 use std::convert::Infallible;
-use std::fs::{self, File};
+use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
 use cofferdam_container_manifest::{self as manifest, Manifest};
+use cofferdam_container_protocol::modules::Need;
 use cofferdam_container_protocol::step::{Object, Reason, Report, Step};
 use cofferdam_container_protocol::{STDERR_PORT, STDIN_PORT, STDOUT_PORT, drive};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
-use rustix::system::{RebootCommand, finit_module, reboot, sethostname};
+use rustix::system::{RebootCommand, reboot, sethostname};
 
 use crate::binding::Platform;
 use crate::drives::{self, Drive};
 use crate::failure::{Failure, Reasoned, index};
+use crate::modules::Modules;
 use crate::root::Parts;
 use crate::space::Space;
 use crate::spawn::{Program, spawn};
@@ -29,7 +31,6 @@ use crate::{loopback, ports, scratch};
 const REFUSED: u8 = 120;
 /// Pseudo file systems, and where they are mounted.
 const PSEUDO: [(&str, &str); 3] = [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")];
-const MODULES: &str = "/modules";
 
 /// The step that is being done.
 struct Progress(Step);
@@ -66,10 +67,15 @@ fn boot(progress: &mut Progress) -> Result<Infallible, Failure> {
             .map_err(|f| f.of(Object::FileSystem(index(at))))?;
     }
     progress.reach(Step::Modules);
-    load_modules(Path::new(MODULES))?;
+    let platform = Platform::detect();
+    let mut modules = Modules::read()?;
+    modules.load(None)?;
+    if let Some(need) = platform.need() {
+        modules.load(Some(need))?;
+    }
     progress.reach(Step::Manifest);
     let drives = drives::find(Path::new(drives::SYS_BLOCK))?;
-    let (manifest, env) = read_manifest(&drives)?;
+    let (manifest, env) = read_manifest(platform, &drives)?;
     progress.reach(Step::Layers);
     let assigned = drives::assign(&drives, &manifest)?;
     let events = verity::events()?;
@@ -77,9 +83,13 @@ fn boot(progress: &mut Progress) -> Result<Infallible, Failure> {
     let devices = devices.collect::<Result<Vec<_>, _>>()?;
     progress.reach(Step::Scratch);
     let scratch = match (assigned.scratch, &manifest.scratch) {
-        (Some(drive), Some(scratch)) => Some(scratch::set_up(drive, scratch)?),
+        (Some(drive), Some(scratch)) => {
+            modules.load(Some(Need::Scratch))?;
+            Some(scratch::set_up(drive, scratch)?)
+        }
         _ => None,
     };
+    drop(modules);
     progress.reach(Step::Root);
     let parts = Parts { manifest: &manifest, devices: &devices, scratch: scratch.as_deref() };
     let space = Space::new(&parts).map_err(|failure| explained(failure, &devices))?;
@@ -119,29 +129,8 @@ fn mount_pseudo(kind: &str, path: &str) -> rustix::io::Result<()> {
     mount(kind, path, kind, MountFlags::NOSUID | MountFlags::NOEXEC, None)
 }
 
-/// Loads what `order` in the folder lists, and removes it: it is in memory twice otherwise.
-fn load_modules(folder: &Path) -> Result<(), Failure> {
-    let order = fs::read_to_string(folder.join("order")).because(Reason::Missing)?;
-    for (at, name) in order.lines().enumerate() {
-        let path = folder.join(name);
-        let load = || {
-            let module =
-                File::open(&path).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-            match finit_module(&module, c"", 0) {
-                // What it drives is not there; or it is built in.
-                Err(Errno::NODEV | Errno::EXIST) => Ok(()),
-                loaded => loaded,
-            }
-        };
-        load().because(Reason::LoadFailed).map_err(|failure| failure.of(Object::Module(index(at))))?;
-        let _ = fs::remove_file(&path);
-    }
-    Ok(())
-}
-
 /// The manifest that the launch binds, and the environment for this start.
-fn read_manifest(drives: &[Drive]) -> Result<(Manifest, Vec<String>), Failure> {
-    let platform = Platform::detect();
+fn read_manifest(platform: Platform, drives: &[Drive]) -> Result<(Manifest, Vec<String>), Failure> {
     platform.check_random_source()?;
     let command_line = fs::read_to_string("/proc/cmdline").because(Reason::KernelRefused)?;
     let bound = platform.bound_digest(&command_line)?;

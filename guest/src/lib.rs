@@ -10,6 +10,7 @@
 //!
 //! | step | module |
 //! |---|---|
+//! | modules | [`modules`] |
 //! | manifest | [`drives`], [`binding`], [`snp`] |
 //! | layers | [`verity`], [`dm`] |
 //! | scratch | [`scratch`], [`ext4`] |
@@ -36,6 +37,7 @@ pub mod ext4;
 pub mod failure;
 pub mod identity;
 pub mod loopback;
+pub mod modules;
 pub mod paths;
 pub mod ports;
 pub mod root;

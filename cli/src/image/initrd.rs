@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! /init            cofferdam-init
-//! /modules/order   names of files, one a line, in the order in which they are to be loaded
+//! /modules/order   names of files, one a line, in the order in which they are to be loaded, and for what
 //! /modules/*.ko    unpacked
 //! ```
 //!
@@ -12,20 +12,22 @@ pub mod cpio;
 pub mod modinfo;
 pub mod modules;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use cofferdam_confidential::image::importer::ImagePlatform;
+use cofferdam_container_protocol::modules as order;
 
 use self::cpio::Archive;
-use self::modules::{ModuleTree, ModulesError, Need};
+use self::modules::{Module, ModuleTree, ModulesError, Need};
 
 /// The program of the domain's init.
 const INIT: &str = "cofferdam-init";
 
 /// What containers need of the kernel in any domain, in the order in which they need it. The first tells of panics from then on.
-const NEEDS: [Need; 15] = [
+const NEEDS: [Need; 8] = [
     Need::Module("pvpanic_mmio"),
     Need::Module("virtio_mmio"),
     Need::Module("virtio_blk"),
@@ -35,7 +37,9 @@ const NEEDS: [Need; 15] = [
     Need::Module("dm_verity"),
     Need::Module("erofs"),
     Need::Module("overlay"),
-    // Of encrypted scratch devices.
+];
+/// What an encrypted scratch device needs.
+const SCRATCH_NEEDS: [Need; 7] = [
     Need::Algorithm("aes"),
     Need::Algorithm("xts"),
     Need::Algorithm("hmac"),
@@ -45,8 +49,13 @@ const NEEDS: [Need; 15] = [
     Need::Module("ext4"),
 ];
 /// What gets a report of the secure processor, with the ciphers that its messages are in.
-const SNP_NEEDS: [Need; 4] =
-    [Need::Algorithm("ctr"), Need::Algorithm("ghash"), Need::Algorithm("gcm"), Need::Module("sev_guest")];
+const SNP_NEEDS: [Need; 5] = [
+    Need::Algorithm("aes"),
+    Need::Algorithm("ctr"),
+    Need::Algorithm("ghash"),
+    Need::Algorithm("gcm"),
+    Need::Module("sev_guest"),
+];
 /// What gets a report of the TDX module.
 const TDX_NEEDS: [Need; 1] = [Need::Module("tdx_guest")];
 
@@ -99,26 +108,51 @@ pub fn make(
         Some(folder) => folder.to_owned(),
         None => find_modules(path, &version)?,
     };
-    let needs = NEEDS.iter().chain(platforms.iter().flat_map(needs_of));
-    let modules = ModuleTree::open(&tree, &version)?.resolve(needs)?;
+    let modules = needed_modules(&ModuleTree::open(&tree, &version)?, platforms)?;
 
     let mut archive = Archive::default();
     archive.program("init", &init);
     archive.folder("modules");
-    let order: String = modules.iter().map(|module| format!("{}.ko\n", module.name)).collect();
+    let file = |module: &Module| format!("{}.ko", module.name);
+    let order: String = modules.iter().map(|(module, needs)| order::line(&file(module), needs)).collect();
     archive.file("modules/order", order.as_bytes());
-    for module in &modules {
-        archive.file(&format!("modules/{}.ko", module.name), &module.content);
+    for (module, _) in &modules {
+        archive.file(&format!("modules/{}", file(module)), &module.content);
     }
     Ok(archive.finish())
 }
 
+/// The modules that domains on these platforms need, in their order, each with what it is needed for: with nothing, it always is.
+fn needed_modules(
+    tree: &ModuleTree,
+    platforms: &[ImagePlatform],
+) -> Result<Vec<(Module, Vec<order::Need>)>, ModulesError> {
+    let mut further = vec![(order::Need::Scratch, &SCRATCH_NEEDS[..])];
+    further.extend(platforms.iter().filter_map(needs_of));
+    let all = tree.resolve(NEEDS.iter().chain(further.iter().flat_map(|(_, needs)| *needs)))?;
+    let names = |needs: &[Need]| -> Result<BTreeSet<String>, ModulesError> {
+        Ok(tree.resolve(needs)?.into_iter().map(|module| module.name).collect())
+    };
+    let always = names(&NEEDS)?;
+    let further: Vec<_> = further
+        .into_iter()
+        .map(|(need, needs)| Ok((need, names(needs)?)))
+        .collect::<Result<_, ModulesError>>()?;
+    let with_needs = |module: Module| {
+        let needs = further.iter().filter(|(_, names)| names.contains(&module.name));
+        let needs =
+            if always.contains(&module.name) { vec![] } else { needs.map(|(need, _)| *need).collect() };
+        (module, needs)
+    };
+    Ok(all.into_iter().map(with_needs).collect())
+}
+
 /// What a domain of a platform needs besides.
-fn needs_of(platform: &ImagePlatform) -> &'static [Need] {
+fn needs_of(platform: &ImagePlatform) -> Option<(order::Need, &'static [Need])> {
     match platform {
-        ImagePlatform::Snp => &SNP_NEEDS,
-        ImagePlatform::Tdx => &TDX_NEEDS,
-        _ => &[],
+        ImagePlatform::Snp => Some((order::Need::Snp, &SNP_NEEDS)),
+        ImagePlatform::Tdx => Some((order::Need::Tdx, &TDX_NEEDS)),
+        _ => None,
     }
 }
 

@@ -3,6 +3,7 @@
 //! | module | what | direction |
 //! |---|---|---|
 //! | [`drive`] | the manifest's drive, and the names of all drives | host to guest, before the kernel starts |
+//! | [`modules`] | the list of kernel modules in the initial RAM disk | who builds the image to guest |
 //! | [`step`] | the step that init has reached, and why it goes no further | guest to host, by a port |
 //! | [`frame`], [`message`] | requests to init, by ttrpc over vsock: `container.proto` | host to guest and back |
 //!
@@ -24,6 +25,7 @@
 pub mod drive;
 pub mod frame;
 pub mod message;
+pub mod modules;
 pub mod step;
 
 /// vsock port on which the guest serves requests.
