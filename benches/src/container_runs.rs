@@ -13,7 +13,7 @@ use crate::console::Console;
 use crate::inside::rounds;
 use crate::{Result, progress};
 
-/// Memory of a domain, MiB, but for the smallest.
+/// Memory of a domain, MiB, where it is not the smallest.
 const MEMORY: u64 = 128;
 /// How many containers there are at once when memory is looked at.
 const AT_ONCE: [usize; 3] = [1, 4, 8];
@@ -246,7 +246,7 @@ impl Host {
         Ok(memory as f64 - available)
     }
 
-    /// How much memory of the host, MiB, each further one of so many containers takes.
+    /// How much memory of the host, MiB, each further one of so many containers takes, in the smallest domains of a kernel.
     fn further(&self, kernel: &Kernel) -> Result<Vec<(usize, f64)>> {
         let before = kernel_memory()?;
         let mut running: Vec<Console> = Vec::new();
@@ -254,7 +254,7 @@ impl Host {
         for number in AT_ONCE {
             let already = running.len();
             for _ in already..number {
-                running.push(Console::start(&mut self.container(kernel, MEMORY, STAY))?);
+                running.push(Console::start(&mut self.container(kernel, kernel.smallest_memory, STAY))?);
             }
             for console in running.iter_mut().skip(already) {
                 console.wait_for("hello")?;
