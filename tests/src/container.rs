@@ -131,6 +131,12 @@ pub fn image() -> PathBuf {
     shared().folder.path().join("domain.igvm")
 }
 
+/// The least memory that a domain needs for a shell: 64 MiB on the small kernel, 128 MiB on Debian's.
+pub fn smallest_memory() -> &'static str {
+    let assets = Assets::from_environment().expect("`cargo xtask` names the assets");
+    if assets.container_modules.is_none() { "64M" } else { "128M" }
+}
+
 /// The layers that all containers of these tests have, each as a folder.
 pub fn layers() -> [PathBuf; 3] {
     ["lowest", "middle", "highest"].map(|name| shared().folder.path().join(name))
@@ -174,6 +180,8 @@ pub struct Container {
     pub stdin: Vec<u8>,
     /// The platform that its domain is for.
     pub platform: &'static str,
+    /// Memory of its domain.
+    pub memory: &'static str,
 }
 
 impl Container {
@@ -223,6 +231,7 @@ impl Container {
             manifest_drive: None,
             stdin: vec![],
             platform: "plain",
+            memory: "256M",
         }
     }
 
@@ -277,7 +286,7 @@ impl Container {
         let mut run = Run::image(image())
             .with("host-data", hex)
             .with("platform", self.platform)
-            .with("memory", "256M")
+            .with("memory", self.memory)
             .with("vsock", &socket);
         let drives = self.drives.iter().map(|(id, file, writable)| (&**id, file.clone(), *writable));
         for (id, file, writable) in drives.chain([(drive::MANIFEST, self.file("manifest"), false)]) {

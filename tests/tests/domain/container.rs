@@ -12,7 +12,7 @@ use cofferdam_container_protocol::message::{
     ExecRequest, Message, Method, ProcessState, Request, Response, SignalRequest, StateRequest,
     StateResponse, StatsRequest, StatsResponse, StopRequest, WaitRequest, WaitResponse, code,
 };
-use cofferdam_tests::container::{Container, Ended, layer};
+use cofferdam_tests::container::{Container, Ended, layer, smallest_memory};
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -79,6 +79,19 @@ fn truncate(container: &mut Container, bytes: u64) {
     let path = container.own_file("layer2");
     let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
     file.set_len(file.metadata().unwrap().len() - bytes).unwrap();
+}
+
+#[test]
+fn a_shell_runs_in_little_memory() {
+    let mut container =
+        Container::new("while read name value unit; do echo $name $value; done < /proc/meminfo");
+    container.memory = smallest_memory();
+    let mebibytes: u64 = container.memory.trim_end_matches('M').parse().unwrap();
+    let ended = container.finish();
+    assert_eq!(ended.done.code(), 0, "{ended}");
+    let text = ended.text();
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal: ")).unwrap();
+    assert!(total.parse::<u64>().unwrap() <= mebibytes << 10, "{ended}");
 }
 
 #[test]
