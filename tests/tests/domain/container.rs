@@ -9,8 +9,8 @@ use cofferdam_container_manifest::{DataVolume, Mount, Rlimit, Signal, StartVaria
 use cofferdam_container_protocol::CONTROL_PORT;
 use cofferdam_container_protocol::frame::{Decoder, Frame, Kind};
 use cofferdam_container_protocol::message::{
-    ExecRequest, Message, Method, ProcessState, Request, Response, SignalRequest, StateRequest,
-    StateResponse, StatsRequest, StatsResponse, StopRequest, WaitRequest, WaitResponse, code,
+    ExecRequest, Message, Method, ProcessState, Request, ResizeRequest, Response, SignalRequest,
+    StateRequest, StateResponse, StatsRequest, StatsResponse, StopRequest, WaitRequest, WaitResponse, code,
 };
 use cofferdam_tests::container::{Container, Ended, layer, smallest_memory};
 
@@ -305,8 +305,9 @@ fn ask(socket: &Path, method: Method, message: &impl Message) -> Result<Vec<u8>,
 
 #[test]
 fn the_host_asks_and_abuses_and_the_container_notices_nothing() {
-    let script = "trap 'echo stopped; exit 9' TERM; trap 'echo user' USR1; echo ready; while :; do sleep 1000 & wait; done";
+    let script = "trap 'trap \"\" TERM USR1; echo stopping; read line; echo $line; exit 9' TERM; trap 'echo user' USR1; echo ready; while :; do sleep 1000 & wait; done";
     let mut container = Container::new(script).stoppable(&[Signal::Usr1], Signal::Term, 3_600_000);
+    container.manifest.host.stdin = true;
     let shell = |script: &str| ["sh", "-c", script].map(str::to_owned).to_vec();
     let ends = [
         ("exit 0", 0),
@@ -356,9 +357,16 @@ fn the_host_asks_and_abuses_and_the_container_notices_nothing() {
     }
     let nothing = ExecRequest { id: "y".to_owned(), args: vec!["/nothing".to_owned()], ..Default::default() };
     assert_eq!(ask(&socket, Method::Exec, &nothing), Err(code::INTERNAL));
-    let signal = |signal: &str| {
-        ask(&socket, Method::Signal, &SignalRequest { signal: signal.to_owned(), ..Default::default() })
+    let signal_to = |id: &str, signal: &str| {
+        ask(&socket, Method::Signal, &SignalRequest { id: id.to_owned(), signal: signal.to_owned() })
     };
+    let signal = |signal: &str| signal_to("", signal);
+    // Of one that has ended, and never had a terminal.
+    assert_eq!(signal_to("x", "USR1"), Err(code::FAILED_PRECONDITION));
+    let size = ResizeRequest { id: "x".to_owned(), columns: 1, rows: 1 };
+    assert_eq!(ask(&socket, Method::Resize, &size), Err(code::FAILED_PRECONDITION));
+    let ended = ask(&socket, Method::State, &StateRequest { id: "x".to_owned() }).unwrap();
+    assert_eq!(StateResponse::decode(&*ended).unwrap().state(), ProcessState::Stopped);
     assert_eq!(signal("USR1"), Ok(vec![]));
     started.wait_for("user");
     assert_eq!(signal("KILL"), Err(code::PERMISSION_DENIED));
@@ -376,8 +384,17 @@ fn the_host_asks_and_abuses_and_the_container_notices_nothing() {
     let state = ask(&socket, Method::State, &StateRequest::default()).unwrap();
     assert_eq!(StateResponse::decode(&*state).unwrap().state(), ProcessState::Running);
     assert_eq!(ask(&socket, Method::Stop, &StopRequest {}), Ok(vec![]));
+    started.wait_for("stopping");
+    // While it ends, nothing new begins, and all else is as before.
+    let late = ExecRequest { id: "late".to_owned(), args: shell("exit 0"), ..Default::default() };
+    assert_eq!(ask(&socket, Method::Exec, &late), Err(code::FAILED_PRECONDITION));
+    let waited = ask(&socket, Method::Wait, &WaitRequest { id: "x".to_owned() }).unwrap();
+    assert_eq!(WaitResponse::decode(&*waited).unwrap().exit_status, 137);
+    assert_eq!(signal("USR1"), Ok(vec![]));
+    assert_eq!(ask(&socket, Method::Stop, &StopRequest {}), Ok(vec![]));
+    started.send(b"asked\n");
     let ended = started.finish();
-    assert_eq!(ended.text(), "ready\nuser\nstopped\n", "{ended}");
+    assert_eq!(ended.text(), "ready\nuser\nstopping\nasked\n", "{ended}");
     assert_eq!(ended.done.code(), 9, "{ended}");
 }
 

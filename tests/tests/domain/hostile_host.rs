@@ -141,6 +141,17 @@ fn a_hostile_host_gets_nothing_and_the_container_goes_on() {
     for request in requests() {
         wait_for("no refusal", || ask(&socket, &request).is_some_and(|code| code != code::OK));
     }
+    let mut named = vec![];
+    wait_for("no statistics", || {
+        let answered = connect(&socket).and_then(|mut stream| {
+            stream.write_all(&frame(&stats)).ok()?;
+            StatsResponse::decode(&*answer(&mut stream)?.payload).ok()
+        });
+        named =
+            answered.iter().flat_map(|stats| &stats.refused).map(|refused| refused.method.clone()).collect();
+        answered.is_some()
+    });
+    assert_eq!(named, ["Exec", "Resize", "Signal"], "what the manifest does not grant is counted");
     let usr1 = SignalRequest { id: String::new(), signal: "USR1".to_owned() };
     wait_for("no signal", || ask(&socket, &Request::new(Method::Signal, &usr1)) == Some(code::OK));
     // While it ends.
