@@ -216,6 +216,11 @@ fn a_process_of_exec_has_the_terminal_it_was_granted() {
     assert_eq!(code_of(&ask(&service, Method::Resize, &resize("x"))).0, code::OK);
     assert_eq!(code_of(&ask(&service, Method::Resize, &resize(""))).0, code::PERMISSION_DENIED);
     assert_eq!(recorded(&service), ["resize x 1 1"]);
+
+    // All of it is on one port: the others are not looked at.
+    let service = self::service(Host { stderr: false, ..everything() });
+    let terminal = ExecRequest { terminal: true, stderr_port: 3, ..exec(&["/bin/health", "--quick"]) };
+    assert_eq!(code_of(&ask(&service, Method::Exec, &terminal)).0, code::OK);
 }
 
 #[test]
@@ -255,8 +260,12 @@ fn what_makes_no_sense_is_refused() {
         let answer = service.answer(&other.encode_to_vec(), &|| true);
         assert_eq!(code_of(&answer).0, code::UNIMPLEMENTED, "{service_name} {method}");
     }
-    let broken = Request { payload: vec![0x0A, 9, 1], method: "Signal".to_owned(), ..request };
-    assert_eq!(code_of(&service.answer(&broken.encode_to_vec(), &|| true)).0, code::INVALID_ARGUMENT);
+    for method in Method::ALL {
+        let broken =
+            Request { payload: vec![0x0A, 9, 1], method: method.name().to_owned(), ..request.clone() };
+        let answer = service.answer(&broken.encode_to_vec(), &|| true);
+        assert_eq!(code_of(&answer).0, code::INVALID_ARGUMENT, "{}", method.name());
+    }
 }
 
 proptest! {
