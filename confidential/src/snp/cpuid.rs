@@ -296,7 +296,8 @@ mod tests {
         let mut given = 0;
         let done = hand_over(0, &mut page, |page| {
             given += 1;
-            page.0[16] = 1;
+            // EAX of the first function.
+            page.0[16 + 24] = 1;
             let source =
                 CommandError { error: kvm_ioctls::Error::new(libc::EIO), firmware: FirmwareStatus(0x1a) };
             Err(LaunchError::Command { command: "UPDATE", at: String::new(), source })
