@@ -32,7 +32,7 @@ use cofferdam_api::validate::check_id;
 use rustix::fs::{
     AtFlags, CWD, Dir, FlockOperation, Mode, OFlags, flock, fstat, mkdirat, openat, renameat, unlinkat,
 };
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::process::geteuid;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -401,13 +401,9 @@ impl RunDir {
     fn gate(&self) -> Result<Gate, RunDirError> {
         let file = openat(&self.dir, GATE, FILE | OFlags::CREATE, Mode::RUSR | Mode::WUSR)
             .map_err(|error| self.failed("open", GATE, error))?;
-        loop {
-            match flock(&file, FlockOperation::LockExclusive) {
-                Ok(()) => return Ok(Gate { _file: file }),
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(self.failed("lock", GATE, error)),
-            }
-        }
+        retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
+            .map_err(|error| self.failed("lock", GATE, error))?;
+        Ok(Gate { _file: file })
     }
 
     fn failed(&self, what: &'static str, name: &str, error: impl Into<io::Error>) -> RunDirError {

@@ -5,6 +5,7 @@ use std::env;
 use std::io::{self, IsTerminal, Write};
 
 use cofferdam_api::status::Platform;
+use cofferdam_confidential::image::inspect::hex;
 
 /// How a message looks on a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,11 +38,6 @@ pub fn running(id: &str, platform: Platform, protected: bool, manifest: Option<&
     let Some(digest) = manifest else { return format!("domain {id} runs on platform {name}: {protection}") };
     let bound = if protected { "bound by the launch" } else { "asserted by this host alone" };
     format!("container {id} is on platform {name}: {protection}; manifest sha256:{}, {bound}", hex(digest))
-}
-
-/// A digest in hexadecimal.
-pub fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The name of `platform`.

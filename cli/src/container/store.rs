@@ -21,7 +21,7 @@ use cofferdam_container::source::{Source, SourceError};
 use cofferdam_container::verity;
 use cofferdam_container_manifest::{BLOCK, DecodeError, MAX_BYTES, Manifest, Mount, RootHash, decode};
 use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use rustix::io::retry_on_intr;
 use thiserror::Error;
 
 use crate::say::{Tone, say};
@@ -183,13 +183,8 @@ fn build(source: &Source, folder: &Path, store: &Path) -> Result<Image, StoreErr
     fs::create_dir_all(folder).map_err(failed("make"))?;
     let lock = File::open(folder).map_err(failed("open"))?;
     let line = Waiting::new("building the container's layers");
-    loop {
-        match flock(&lock, FlockOperation::LockExclusive) {
-            Ok(()) => break,
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(failed("lock")(error.into())),
-        }
-    }
+    retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))
+        .map_err(|error| failed("lock")(error.into()))?;
     if let Some(image) = usable(folder)? {
         return Ok(image);
     }
