@@ -5,7 +5,6 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -13,10 +12,13 @@ use std::time::{Duration, Instant};
 
 use cofferdam_container_manifest::{Manifest, decode, digest};
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use self::support::terminal;
+
+mod support;
 
 /// A folder with a container, a monitor, and the run directory.
 struct Case {
@@ -443,15 +445,6 @@ fn a_signal_that_is_not_allowed_and_asks_for_no_end_is_told() {
     assert!(line.contains("does not allow the signal USR2 (host.signals)"), "{line}");
     fs::write(case.path("go"), "").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
-}
-
-/// A terminal: the side of the person, and the side of the program.
-fn terminal() -> (File, OwnedFd) {
-    let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-    grantpt(&person).unwrap();
-    unlockpt(&person).unwrap();
-    let program = ioctl_tiocgptpeer(&person, OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-    (File::from(person), program)
 }
 
 fn size(columns: u16, rows: u16) -> Winsize {

@@ -16,10 +16,13 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 use serde_json::Value;
 use tempfile::TempDir;
+
+use self::support::terminal;
+
+mod support;
 
 const RUNNING: &str = r#"echo '{"event":"running","platform":"plain","protected":false}' > $status"#;
 
@@ -482,15 +485,6 @@ fn host_check_answers_for_this_host() {
     let text = check(&[]);
     assert_eq!(text.status.code(), output.status.code());
     assert!(!text.stdout.contains(&0x1b));
-}
-
-/// A terminal: the side of the person, and the side of the program.
-fn terminal() -> (File, OwnedFd) {
-    let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-    grantpt(&person).unwrap();
-    unlockpt(&person).unwrap();
-    let program = ioctl_tiocgptpeer(&person, OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-    (File::from(person), program)
 }
 
 /// Reads from the terminal until `part` has been shown.
