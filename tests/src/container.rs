@@ -281,10 +281,9 @@ impl Container {
             drive::write(&bytes, &self.env).expect("it is not too long")
         });
         fs::write(self.file("manifest"), bytes).expect("it can be written");
-        let hex: String = bound.iter().map(|byte| format!("{byte:02x}")).collect();
         let socket = self.file("v");
         let mut run = Run::image(image())
-            .with("host-data", hex)
+            .with("host-data", crate::hex(&bound))
             .with("platform", self.platform)
             .with("memory", self.memory)
             .with("vsock", &socket);

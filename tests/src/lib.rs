@@ -21,3 +21,8 @@ pub mod tamper;
 
 pub use guest::Guest;
 pub use run::{Finished, Run, Running};
+
+/// `bytes` in hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

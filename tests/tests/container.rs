@@ -15,7 +15,7 @@ use cofferdam_container_protocol::step::Step;
 use cofferdam_firmware::sha256::Method;
 use cofferdam_tests::api::{ApiMonitor, Connection};
 use cofferdam_tests::image::Image;
-use cofferdam_tests::{Run, place};
+use cofferdam_tests::{Run, hex, place};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -110,7 +110,7 @@ impl Domain {
 }
 
 fn digest() -> String {
-    Method::detect().digest(MANIFEST).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Method::detect().digest(MANIFEST))
 }
 
 /// The outcome of a domain without a container whose guest writes these reports: the port is there always.

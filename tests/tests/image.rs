@@ -14,7 +14,7 @@ use cofferdam_firmware::layout::{GIB, MIB};
 use cofferdam_firmware::parameters::Parameters;
 use cofferdam_firmware::sha256::Method;
 use cofferdam_tests::image::{Image, bz_image, bz_image_of_command_line};
-use cofferdam_tests::{Finished, Run, place};
+use cofferdam_tests::{Finished, Run, hex, place};
 use tempfile::TempDir;
 
 /// The kernel takes its exit code from here.
@@ -86,7 +86,7 @@ fn a_file_and_loose_files_are_the_same_domain() {
     assert_eq!(from_files.code(), 42, "{from_files}");
     let identity = from_file.outcome().identity;
     let bytes = fs::read(folder.path("domain.igvm")).unwrap();
-    let hash: String = Method::detect().digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    let hash = hex(&Method::detect().digest(&bytes));
     assert_eq!(identity.image_hash.as_ref(), Some(&hash));
     let without_file = Identity { image_hash: None, ..identity.clone() };
     assert_eq!(without_file, from_files.outcome().identity, "whatever the memory");

@@ -13,10 +13,7 @@ use cofferdam_container_protocol::message::{
     StateRequest, StateResponse, StatsRequest, StatsResponse, StopRequest, WaitRequest, WaitResponse, code,
 };
 use cofferdam_tests::container::{Container, Ended, layer, smallest_memory};
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
+use cofferdam_tests::hex;
 
 /// The content of the file /large.
 fn large() -> Vec<u8> {

@@ -6,13 +6,13 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use cofferdam_tests::Running;
 use cofferdam_tests::run::send;
+use cofferdam_tests::{Running, hex};
 use rustix::fs::{FlockOperation, fcntl_lock};
 use rustix::io::{FdFlags, fcntl_setfd};
 use sev::certs::snp::{Certificate, Chain, Verifiable};
 
-use crate::domain::{Domain, hex, succeeded};
+use crate::domain::{Domain, succeeded};
 use crate::evidence::{certificate, report};
 
 /// GUIDs of the GHCB specification's table ("SNP Extended Guest Request"): the processor's own key, and who vouches for it.

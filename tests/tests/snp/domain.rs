@@ -102,11 +102,6 @@ pub fn finish(command: &mut Command) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// `bytes` in hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// What `cofferdam image inspect` says of an image.
 pub fn inspected(image: &Path) -> Value {
     let text = finish(Command::new(place::cofferdam()).args(["image", "inspect", "--json"]).arg(image));

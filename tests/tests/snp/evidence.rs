@@ -4,6 +4,7 @@ use std::env;
 use std::fs;
 use std::path::PathBuf;
 
+use cofferdam_tests::hex;
 use cofferdam_tests::snp::Log;
 use sev::certs::snp::builtin::genoa;
 use sev::certs::snp::{Chain, Verifiable, ca};
@@ -11,7 +12,7 @@ use sev::firmware::guest::AttestationReport;
 use sev::parser::ByteParser;
 use xtask::rig;
 
-use crate::domain::{ACTIVE, Domain, hex, signed, succeeded};
+use crate::domain::{ACTIVE, Domain, signed, succeeded};
 
 /// One of the certificates that vouch for the host's secure processor.
 pub fn certificate(name: &str) -> Vec<u8> {
