@@ -77,11 +77,15 @@ def serve(connection):
         code, answer = answers.get(path, (204, None))
         if callable(answer):
             answer = answer(body)
+        answer = "" if answer is None else json.dumps(answer)
+        try:
+            connection.sendall(f"HTTP/1.1 {code} X\r\nContent-Length: {len(answer)}\r\n\r\n{answer}".encode())
+        except OSError:
+            pass  # who asked has gone
+        # Only now: a script that has waited for this request may end at once, and with it this process.
         with asked:
             requests.append((method, path, body))
             asked.notify_all()
-        answer = "" if answer is None else json.dumps(answer)
-        connection.sendall(f"HTTP/1.1 {code} X\r\nContent-Length: {len(answer)}\r\n\r\n{answer}".encode())
 
 
 def api():
