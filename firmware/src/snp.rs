@@ -9,6 +9,7 @@
 
 pub mod cc_blob;
 pub mod cpuid_table;
+pub mod dialogue;
 pub mod ghcb;
 pub mod msr;
 pub mod page_state;

@@ -11,13 +11,10 @@ use core::ops::Range;
 use cofferdam_firmware::first_stage::Platform;
 use cofferdam_firmware::layout::{SNP_CC_BLOB, SNP_CC_NODE, SNP_CPUID, SNP_GHCB};
 use cofferdam_firmware::manifest;
-use cofferdam_firmware::page_tables::{SHARED_ALIAS, SNP_PRIVATE};
+use cofferdam_firmware::page_tables::SHARED_ALIAS;
 use cofferdam_firmware::reason::Reason;
-use cofferdam_firmware::snp::ghcb::{
-    BUFFER, EXIT_CODE, EXIT_INFO_1, EXIT_INFO_2, EXIT_VALID, SCRATCH, VALID_LOWER, VALID_UPPER, VERSION,
-    VERSION_AND_USAGE,
-};
-use cofferdam_firmware::snp::page_state::{self, LIST_MAX, Page, Pages, Size, State, Validation};
+use cofferdam_firmware::snp::dialogue::{self, Machine};
+use cofferdam_firmware::snp::page_state::{Page, Validation};
 use cofferdam_firmware::snp::{cc_blob, cpuid_table, low_memory, msr};
 
 use crate::memory;
@@ -32,12 +29,7 @@ unsafe extern "C" {
 
 impl Platform for Snp {
     fn start(&mut self) -> Result<(), Reason> {
-        msr::check_information(ask(msr::INFORMATION))?;
-        msr::check_features(ask(msr::FEATURES))?;
-        cpuid_table::check(cpuid_page(), SNP_PRIVATE)?;
-
-        msr::check_page_state(ask(msr::change_page_state(SNP_GHCB, State::Shared)))?;
-        msr::check_registered(SNP_GHCB, ask(msr::register(SNP_GHCB)))?;
+        dialogue::begin(&mut Processor, cpuid_page())?;
         for range in low_memory((&raw const stage_stack).addr() as u64) {
             self.accept(range)?;
         }
@@ -51,19 +43,11 @@ impl Platform for Snp {
     }
 
     fn accept(&mut self, memory: Range<u64>) -> Result<(), Reason> {
-        let mut pages = Pages(memory);
-        while !pages.0.is_empty() {
-            make_private(pages.clone().take(LIST_MAX))?;
-            for page in pages.by_ref().take(LIST_MAX) {
-                validate(page)?;
-            }
-        }
-        Ok(())
+        dialogue::accept(&mut Processor, memory)
     }
 
     fn finish(&mut self) -> Result<u64, Reason> {
-        msr::check_page_state(ask(msr::change_page_state(SNP_GHCB, State::Private)))?;
-        validate(Page { address: SNP_GHCB, size: Size::Small })?;
+        dialogue::finish(&mut Processor)?;
         self.write(SNP_CC_BLOB, &cc_blob::BLOB);
         self.write(SNP_CC_NODE, &cc_blob::NODE);
         Ok(SNP_CC_NODE)
@@ -109,41 +93,27 @@ fn cpuid_page() -> &'static cpuid_table::Page {
     unsafe { memory::image_page(SNP_CPUID) }
 }
 
-/// Has the hypervisor make up to [`LIST_MAX`] pages private, which it may do in several steps.
-fn make_private(pages: impl Iterator<Item = Page>) -> Result<(), Reason> {
-    let mut count = 0;
-    for page in pages {
-        count += 1;
-        write_ghcb(BUFFER + 8 * u64::from(count), page.entry());
-    }
-    write_ghcb(BUFFER, page_state::header(count));
-    write_ghcb(VERSION_AND_USAGE, VERSION);
-    let mut done = 0;
-    while done < count {
-        write_ghcb(EXIT_CODE, page_state::EXIT_CODE);
-        write_ghcb(EXIT_INFO_1, 0);
-        write_ghcb(EXIT_INFO_2, 0);
-        write_ghcb(SCRATCH, SNP_GHCB + BUFFER);
-        write_ghcb(VALID_LOWER, 0);
-        write_ghcb(VALID_UPPER, EXIT_VALID);
-        ask(SNP_GHCB);
-        if read_ghcb(EXIT_INFO_1) as u32 != 0 || read_ghcb(EXIT_INFO_2) != 0 {
-            return Err(Reason::PageState);
-        }
-        done = page_state::done(read_ghcb(BUFFER), count, done)?;
-    }
-    Ok(())
-}
+/// The instructions that only such a domain has.
+struct Processor;
 
-/// Reads a field of the GHCB. The hypervisor may change it at any time.
-fn read_ghcb(offset: u64) -> u64 {
-    // SAFETY: shared memory that is mapped, and no part of this program.
-    unsafe { ((SHARED_ALIAS + SNP_GHCB + offset) as *const u64).read_volatile() }
-}
+impl Machine for Processor {
+    fn ask(&mut self, request: u64) -> u64 {
+        ask(request)
+    }
 
-fn write_ghcb(offset: u64, value: u64) {
-    // SAFETY: as in `read_ghcb`.
-    unsafe { ((SHARED_ALIAS + SNP_GHCB + offset) as *mut u64).write_volatile(value) }
+    fn read_ghcb(&self, offset: u64) -> u64 {
+        // SAFETY: shared memory that is mapped, and no part of this program.
+        unsafe { ((SHARED_ALIAS + SNP_GHCB + offset) as *const u64).read_volatile() }
+    }
+
+    fn write_ghcb(&mut self, offset: u64, value: u64) {
+        // SAFETY: as in `read_ghcb`.
+        unsafe { ((SHARED_ALIAS + SNP_GHCB + offset) as *mut u64).write_volatile(value) }
+    }
+
+    fn pvalidate(&mut self, page: Page) -> Validation {
+        pvalidate(page)
+    }
 }
 
 /// Gives the hypervisor a number by the GHCB MSR, and returns the number that it leaves there.
@@ -162,12 +132,6 @@ fn ask(request: u64) -> u64 {
         );
     }
     u64::from(high) << 32 | u64::from(low)
-}
-
-/// Validates a page.
-#[inline(never)]
-fn validate(page: Page) -> Result<(), Reason> {
-    page_state::validate(page, pvalidate)
 }
 
 /// The instruction of that name, for a page that is mapped onto itself.
