@@ -85,7 +85,10 @@ impl Inherited {
     pub fn duplicate(&mut self, fd: RawFd) -> Result<OwnedFd, DescriptorError> {
         // The duplicate's number is no standard stream's, should one of those be closed.
         let duplicate = fcntl_dupfd_cloexec(inherited(fd)?, 3).map_err(host(fd, "fcntl"))?;
-        self.0.push(fd);
+        // Once: by the second time the number may be something else's.
+        if !self.0.contains(&fd) {
+            self.0.push(fd);
+        }
         Ok(duplicate)
     }
 
@@ -232,6 +235,16 @@ mod tests {
         let mut text = String::new();
         duplicate.read_to_string(&mut text).unwrap();
         assert_eq!(text, "text");
+    }
+
+    #[test]
+    fn what_is_used_twice_is_taken_over_once() {
+        let fd = inherit(tempfile::tempfile().unwrap());
+        let mut inherited = Inherited::default();
+        let duplicates = [inherited.duplicate(fd).unwrap(), inherited.duplicate(fd).unwrap()];
+        assert_ne!(duplicates[0].as_raw_fd(), duplicates[1].as_raw_fd());
+        assert_eq!(inherited.0, [fd]);
+        inherited.take_over();
     }
 
     #[test]
