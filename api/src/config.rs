@@ -226,11 +226,11 @@ pub(crate) fn default_block_size() -> u32 {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum CacheType {
-    /// The device offers no flush; the host writes back when it likes.
-    Unsafe,
-    /// The device offers flush, which ends in `fdatasync`. (Firecracker's default is `Unsafe`:
-    /// a file system in a domain should not lose what it synced.)
+    /// The device offers no flush; the host writes back when it likes. What a guest has synced may be lost when the
+    /// host fails. Firecracker's default, and so the API's; the command line asks for `Writeback`.
     #[default]
+    Unsafe,
+    /// The device offers flush, which ends in `fdatasync`.
     Writeback,
 }
 
@@ -238,10 +238,11 @@ pub enum CacheType {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum IoEngine {
-    /// io_uring where the host has it, else `preadv` and `pwritev`.
-    #[default]
+    /// io_uring where the host has it and the file is not in its memory, else `preadv` and `pwritev`. What the
+    /// command line asks for.
     Auto,
-    /// `preadv` and `pwritev` on the event loop.
+    /// `preadv` and `pwritev` on the event loop. Firecracker's default, and so the API's.
+    #[default]
     Sync,
     /// io_uring; refused where the host has none.
     Async,
@@ -342,7 +343,12 @@ mod tests {
         assert_eq!(config.confidential.platform, PlatformChoice::Auto);
         assert_eq!(config.stop_timeout_ms, 10_000);
         assert_eq!(config.command_line(), DEFAULT_COMMAND_LINE);
-        assert_eq!((drive("a").block_size, drive("a").cache_type), (512, CacheType::Writeback));
+        let drive = drive("a");
+        assert_eq!(
+            (drive.block_size, drive.cache_type, drive.io_engine),
+            (512, CacheType::Unsafe, IoEngine::Sync),
+            "Firecracker's"
+        );
         config.validate().unwrap();
     }
 
@@ -361,7 +367,7 @@ mod tests {
         config.drives[1].is_read_only = true;
         config.drives[1].is_root_device = true;
         config.drives[1].block_size = 4096;
-        config.drives[1].cache_type = CacheType::Unsafe;
+        config.drives[1].cache_type = CacheType::Writeback;
         config.drives[1].io_engine = IoEngine::Async;
         config.vsock = Some(Vsock { guest_cid: 9, uds_path: "v.sock".into() });
         config.serial = Serial {

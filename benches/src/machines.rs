@@ -71,7 +71,13 @@ impl Machines {
             "machine-config": {"vcpu_count": 1, "mem_size_mib": MEMORY},
         });
         if let (Some(disk), Value::Object(config)) = (&guest.disk, &mut config) {
-            config.insert("drives".into(), json!([{"drive_id": "disk", "path_on_host": disk}]));
+            let drive = json!({
+                "drive_id": "disk",
+                "path_on_host": disk,
+                "cache_type": "Writeback",
+                "io_engine": "Auto",
+            });
+            config.insert("drives".into(), json!([drive]));
             config.insert("vsock".into(), json!({"guest_cid": GUEST_CID, "uds_path": self.vsock()}));
         }
         let path = self.directory.join("config.json");

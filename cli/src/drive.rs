@@ -17,7 +17,7 @@ pub struct DriveArg {
     root: bool,
     iops: Option<u64>,
     bandwidth: Option<u64>,
-    engine: IoEngine,
+    engine: Option<IoEngine>,
 }
 
 impl DriveArg {
@@ -45,12 +45,12 @@ impl DriveArg {
                     drive.bandwidth = Some(not_zero("bandwidth", bandwidth)?);
                 }
                 ("engine", Some(name)) => {
-                    drive.engine = match name {
+                    drive.engine = Some(match name {
                         "auto" => IoEngine::Auto,
                         "sync" => IoEngine::Sync,
                         "async" => IoEngine::Async,
                         _ => return Err(format!("engine={name}: is none of auto, sync, async")),
-                    };
+                    });
                 }
                 _ => return Err(unknown_item(&item)),
             }
@@ -74,8 +74,9 @@ impl DriveArg {
             path_on_host: self.path.into(),
             is_root_device: self.root,
             is_read_only: self.read_only,
-            cache_type: CacheType::default(),
-            io_engine: self.engine,
+            // Not the API's defaults, which are Firecracker's: what a guest has synced is on the disk here.
+            cache_type: CacheType::Writeback,
+            io_engine: self.engine.unwrap_or(IoEngine::Auto),
             block_size: 512,
             rate_limiter: (limiter != RateLimiter::default()).then_some(limiter),
         }

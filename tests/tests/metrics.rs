@@ -26,7 +26,7 @@ fn config(folder: &Path, payload: &str, arguments: &str) -> Value {
     json!({
         "boot-source": {"kernel_image_path": place::payload(payload), "boot_args": arguments},
         "machine-config": {"vcpu_count": 1, "mem_size_mib": 32},
-        "drives": [{"drive_id": "root", "path_on_host": image}],
+        "drives": [{"drive_id": "root", "path_on_host": image, "cache_type": "Writeback"}],
         "stop_timeout_ms": 100,
     })
 }
