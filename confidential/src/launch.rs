@@ -91,8 +91,8 @@ fn ram(slot: u32, region: &GuestRegionMmap) -> Ram {
 }
 
 impl Launch<Populated> {
-    /// Gives the VM a range of memory beside its RAM, for the same reason at this time. The mapping behind it must stay
-    /// until [`memory_slot::remove`](crate::memory_slot::remove), or as long as the VM.
+    /// Gives the VM a range of memory beside its RAM, for the same reason at this time. Something must stay mapped behind
+    /// it as long as the VM.
     pub fn add_window(&self, slot: &MemorySlot) -> Result<(), LaunchError> {
         self.platform.add_window(&self.vm, slot)
     }

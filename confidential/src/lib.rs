@@ -34,7 +34,7 @@ pub mod host;
 pub mod igvm;
 pub mod image;
 pub mod launch;
-pub mod memory_slot;
+mod memory_slot;
 pub mod plain;
 pub mod platform;
 pub mod private_memory;

@@ -6,8 +6,6 @@ use kvm_ioctls::VmFd;
 
 use crate::platform::{LaunchError, MemorySlot};
 
-const CALL: &str = "KVM_SET_USER_MEMORY_REGION";
-
 /// Gives `vm` a range of memory.
 pub(crate) fn add(vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError> {
     let region = kvm_userspace_memory_region {
@@ -19,17 +17,7 @@ pub(crate) fn add(vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError> {
     };
     // SAFETY: the slot describes a mapping that stays as long as the VM may reach it, as its field says.
     unsafe { vm.set_user_memory_region(region) }
-        .map_err(|error| LaunchError::new(CALL, slot.to_string(), error))
-}
-
-/// Takes a range of memory from `vm`, which may be running.
-pub fn remove(vm: &VmFd, slot: &MemorySlot) -> Result<(), LaunchError> {
-    let region = kvm_userspace_memory_region { slot: slot.slot, ..Default::default() };
-    // SAFETY: a slot of no bytes describes no mapping.
-    unsafe { vm.set_user_memory_region(region) }.map_err(|error| {
-        let at = format!(" that removes slot {} at {:#x}", slot.slot, slot.guest_address);
-        LaunchError::new(CALL, at, error)
-    })
+        .map_err(|error| LaunchError::new("KVM_SET_USER_MEMORY_REGION", slot.to_string(), error))
 }
 
 impl std::fmt::Display for MemorySlot {

@@ -143,7 +143,7 @@ fn elf_kernels_are_moved_into_place_and_the_other_cpus_start() {
 }
 
 #[test]
-fn the_window_is_there_for_the_first_stage_and_gone_for_the_kernel() {
+fn the_window_is_there_for_the_first_stage_and_empty_for_the_kernel() {
     let done = Run::verified(place::payload("window")).with("memory", "32M").finish();
     assert_eq!(done.code(), 42, "{done}");
 }

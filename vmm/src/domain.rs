@@ -317,6 +317,11 @@ fn launch(
     let (board, buses) =
         Board::new(launch.vm(), &memory, shared, control, resources.console, resources.virtio, metrics)?;
     metrics.vcpus = (0..count).map(|_| Arc::default()).collect();
+    if let Some(window) = window.as_ref().filter(|_| launch.private_memory().is_none())
+        && let Some(vcpu) = launch.vcpus().first()
+    {
+        window.prefault(vcpu);
+    }
     let launched = launch.finish()?;
     if config.confidential.require_protected && !launched.sealed().protected {
         return Err(ChooseError::Exposed.into());

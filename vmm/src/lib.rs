@@ -48,6 +48,7 @@ pub mod metrics;
 pub mod observer;
 pub mod page_state;
 pub mod phases;
+pub mod prefault;
 pub mod run_entry;
 pub mod seccomp;
 pub mod signals;

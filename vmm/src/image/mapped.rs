@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::null_mut;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use super::error::ImageError;
 use crate::boot::file::ImageFile;
@@ -33,6 +33,18 @@ impl MappedFile {
         }
         .map_err(failed)?;
         Ok(Self { address, length })
+    }
+
+    /// Lets go of the file, but not of its addresses: zeros are there from now on, which take no memory, as long as this
+    /// process lives. So a VM that has a slot here sees nothing else, and is not disturbed, which the removal of the slot
+    /// would do: KVM forgets where all memory of such a VM is, and each of its pages faults again.
+    pub(super) fn empty(self) -> std::io::Result<()> {
+        let Self { address, length } = self;
+        std::mem::forget(self);
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: it replaces the mapping made in `new`, to which there are no references any more.
+        unsafe { mmap_anonymous(address, length, ProtFlags::READ, flags) }?;
+        Ok(())
     }
 
     /// Its addresses.

@@ -45,7 +45,6 @@ pub use self::window::LoadWindow;
 
 use self::live::{Import, LiveImporter, Machine};
 use self::mapped::MappedFile;
-use self::window::Backing;
 use crate::arch::CpuTemplate;
 use crate::boot::file::ImageFile;
 use crate::boot::{BootFiles, ImageSource};
@@ -196,8 +195,9 @@ impl Image {
         for slot in &slots {
             launch.add_window(slot)?;
         }
-        let backing = Backing { image: self, _copies: copies };
-        Ok((LoadWindow::new(launch.vm().clone(), slots, backing), vcpus))
+        let slots =
+            slots.iter().map(|slot| slot.guest_address..slot.guest_address.saturating_add(slot.length));
+        Ok((LoadWindow::new(self, copies, slots.collect()), vcpus))
     }
 
     /// Where its files are mapped.
@@ -209,6 +209,16 @@ impl Image {
             Files::Image { mapping, .. } => vec![Some(mapping)],
         };
         mappings.into_iter().flatten().map(MappedFile::range).collect()
+    }
+
+    /// The mappings of its files, which are closed.
+    fn into_mappings(self) -> Vec<MappedFile> {
+        match self.source {
+            Files::Loose { kernel, initrd, .. } => {
+                [Some(kernel), initrd].into_iter().flatten().map(|file| file.mapping).collect()
+            }
+            Files::Image { mapping, .. } => vec![mapping],
+        }
     }
 
     /// The hash of the image's file, which outlives the image.

@@ -1,4 +1,4 @@
-//! Looks for itself in the load window: it is there at first, and gone a while after the first access to a device.
+//! Looks for itself in the load window: it is there at first, and empty a while after the first access to a device.
 //! Small, as the first stage has to hash it, and without I/O before it wants some.
 #![no_std]
 #![no_main]
@@ -26,7 +26,7 @@ start64:
     mov bl, 2                   // still there
     mov ecx, 10000000
 0:  in al, 0x80                 // nobody's port
-    cmp dword ptr [rdi], -1     // what reads as all ones is no memory
+    cmp dword ptr [rdi], 0      // nothing is left of the file
     je 1f
     dec ecx
     jnz 0b
