@@ -146,7 +146,7 @@ pub const GUEST_PORT_MMIO: u64 = VIRTIO_MMIO + VIRTIO_MMIO_SLOTS as u64 * VIRTIO
 pub const IO_APIC: u64 = 0xFEC0_0000;
 /// Size of the I/O APIC's registers, bytes.
 pub const IO_APIC_SIZE: u64 = 0x1000;
-/// Number of pins of the I/O APIC; its first global system interrupt is 0.
+/// Most pins of the I/O APIC, which has no more than the domain's devices need; its first global system interrupt is 0.
 pub const IO_APIC_PINS: u8 = 88;
 /// The local APICs.
 pub const LOCAL_APIC: u64 = 0xFEE0_0000;

@@ -101,7 +101,10 @@ impl Board {
         virtio: Vec<Box<dyn VirtioDevice>>,
         metrics: &mut DeviceMetrics,
     ) -> Result<(Self, Buses), BoardError> {
-        let io_apic = Arc::new(IoApic::new(Arc::new(KvmMsi(vm.clone()))));
+        // A device too many has no slot, which is told below.
+        let slots = u8::try_from(virtio.len()).unwrap_or(u8::MAX);
+        let pins = layout::VIRTIO_MMIO_FIRST_PIN.saturating_add(slots);
+        let io_apic = Arc::new(IoApic::new(Arc::new(KvmMsi(vm.clone())), pins));
         let line = |pin| io_apic.line(pin).ok_or(BoardError::NoPin(pin));
         let mut buses = Buses::default();
         buses.mmio.add(layout::IO_APIC, layout::IO_APIC_SIZE, io_apic.clone())?;

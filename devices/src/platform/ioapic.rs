@@ -75,8 +75,6 @@ const ID_BITS: u32 = 0x0F00_0000;
 /// With an EOI register, which spares the guest tricks to clear the remote IRR.
 const VERSION_NUMBER: u32 = 0x20;
 
-const LAST_PIN: u32 = IO_APIC_PINS as u32 - 1;
-
 const LOGICAL: u64 = 1 << 11;
 const SEND_PENDING: u64 = 1 << 12;
 const LEVEL: u64 = 1 << 15;
@@ -111,26 +109,26 @@ group! {
     }
 }
 
-/// An I/O APIC with [`IO_APIC_PINS`] pins.
+/// An I/O APIC with as many pins as it is used with: a guest that sets it up makes some 27 accesses for each.
 pub struct IoApic {
     sink: Arc<dyn MsiSink>,
     select: AtomicU32,
     id: AtomicU32,
     /// The redirection entries. Bit 12 is the latch of an edge that met a masked pin.
-    entries: [AtomicU64; IO_APIC_PINS as usize],
+    entries: Box<[AtomicU64]>,
     metrics: Arc<InterruptMetrics>,
     /// Lines about interrupts that the host refused to deliver.
     failures: Tally,
 }
 
 impl IoApic {
-    /// An I/O APIC after reset, with every pin masked, that delivers to `sink`.
-    pub fn new(sink: Arc<dyn MsiSink>) -> Self {
+    /// An I/O APIC after reset, with `pins` pins, 1 to [`IO_APIC_PINS`], all masked, that delivers to `sink`.
+    pub fn new(sink: Arc<dyn MsiSink>, pins: u8) -> Self {
         Self {
             sink,
             select: AtomicU32::new(0),
             id: AtomicU32::new(0),
-            entries: std::array::from_fn(|_| AtomicU64::new(MASKED)),
+            entries: (0..pins.clamp(1, IO_APIC_PINS)).map(|_| AtomicU64::new(MASKED)).collect(),
             metrics: Arc::default(),
             failures: Tally::default(),
         }
@@ -143,7 +141,8 @@ impl IoApic {
 
     /// The line that raises `pin`; none if there is no such pin.
     pub fn line(self: &Arc<Self>, pin: u8) -> Option<Arc<dyn InterruptLine>> {
-        (pin < IO_APIC_PINS).then(|| Arc::new(Pin { io_apic: self.clone(), pin }) as Arc<dyn InterruptLine>)
+        self.entries.get(usize::from(pin))?;
+        Some(Arc::new(Pin { io_apic: self.clone(), pin }))
     }
 
     fn raise(&self, entry: &AtomicU64) -> io::Result<()> {
@@ -196,7 +195,7 @@ impl IoApic {
     fn read_register(&self, index: u32) -> u32 {
         match index {
             ID | ARBITRATION => self.id.load(Ordering::Relaxed),
-            VERSION => VERSION_NUMBER | LAST_PIN << 16,
+            VERSION => VERSION_NUMBER | (self.entries.len().saturating_sub(1) as u32) << 16,
             _ => match self.entry(index) {
                 Some((entry, shift)) => (entry.load(Ordering::Acquire) >> shift) as u32,
                 None => 0,
@@ -291,7 +290,7 @@ mod tests {
 
     fn new() -> (Arc<Recorder>, Arc<IoApic>) {
         let recorder = Arc::new(Recorder::default());
-        (recorder.clone(), Arc::new(IoApic::new(recorder)))
+        (recorder.clone(), Arc::new(IoApic::new(recorder, IO_APIC_PINS)))
     }
 
     fn write(io_apic: &IoApic, index: u32, value: u32) {
@@ -323,6 +322,18 @@ mod tests {
         write(&io_apic, ARBITRATION, 0);
         assert_eq!(read(&io_apic, VERSION), 0x0057_0020);
         assert_eq!(read(&io_apic, ARBITRATION), 0x0F00_0000);
+    }
+
+    #[test]
+    fn there_are_as_many_pins_as_are_wanted() {
+        for (wanted, pins) in [(0, 1), (1, 1), (27, 27), (u8::MAX, IO_APIC_PINS)] {
+            let io_apic = Arc::new(IoApic::new(Arc::new(Recorder::default()), wanted));
+            assert_eq!(read(&io_apic, VERSION), 0x20 | (u32::from(pins) - 1) << 16);
+            assert!(io_apic.line(pins - 1).is_some() && io_apic.line(pins).is_none());
+            let behind = REDIRECTION_TABLE + 2 * u32::from(pins);
+            write(&io_apic, behind, u32::MAX);
+            assert_eq!(read(&io_apic, behind), 0);
+        }
     }
 
     #[test]
@@ -437,7 +448,7 @@ mod tests {
     fn no_edge_is_lost_between_trigger_and_unmask() {
         const ROUNDS: usize = 10_000;
         let counter = Arc::new(Counter(AtomicUsize::new(0)));
-        let io_apic = Arc::new(IoApic::new(counter.clone()));
+        let io_apic = Arc::new(IoApic::new(counter.clone(), IO_APIC_PINS));
         let (begun, ended) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let unmasker = std::thread::spawn({
             let (io_apic, begun, ended) = (io_apic.clone(), begun.clone(), ended.clone());

@@ -104,7 +104,7 @@ impl Rig {
     fn new() -> Self {
         let sink = Arc::new(Sink::default());
         let requests = Arc::new(Requests::default());
-        let io_apic = Arc::new(IoApic::new(sink.clone()));
+        let io_apic = Arc::new(IoApic::new(sink.clone(), layout::IO_APIC_PINS));
         let line = |pin| io_apic.line(pin).unwrap();
         let button = Arc::new(PowerButton::new(line(layout::EVENT_PIN)));
         let (reader, input) = io::pipe().unwrap();

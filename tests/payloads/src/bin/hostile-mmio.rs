@@ -6,7 +6,7 @@
 
 use cofferdam_firmware::layout::{
     EVENT_PORT, EXIT_CODE_PORT, GUEST_PORT_MMIO, I8042_DATA_PORT, IO_APIC, PVPANIC_PORT, REFUSAL_PORT,
-    SERIAL_PORT, SLEEP_CONTROL_PORT, STEP_PORT, VIRTIO_MMIO_STRIDE,
+    SERIAL_PORT, SLEEP_CONTROL_PORT, STEP_PORT, VIRTIO_MMIO_STRIDE, virtio_mmio_pin,
 };
 use cofferdam_payloads::cpu::{inb, inl, insb, inw, outb, outl, outsb, outw};
 use cofferdam_payloads::disk::Disk;
@@ -223,10 +223,12 @@ fn selectors() {
 /// The interrupt controller, with every pin masked throughout: what it delivers is the guest's own affair.
 fn io_apic() {
     const ID: u32 = 0x0100_0000;
-    const VERSION: u32 = 0x0057_0020;
+    /// No pin beyond those of the devices.
+    const PINS: u32 = virtio_mmio_pin(EMPTY) as u32;
+    const VERSION: u32 = 0x20 | (PINS - 1) << 16;
     const MASKED: u32 = 1 << 16;
     const SEND_PENDING: u32 = 1 << 12;
-    let entries = (0..88).map(|pin| 0x10 + 2 * pin);
+    let entries = (0..PINS).map(|pin| 0x10 + 2 * pin);
     for index in (0..=0xFF).chain([0x100, 1 << 16, u32::MAX]) {
         // What is beyond a byte is not kept, so the mask goes with each write.
         for value in [u32::MAX, MASKED, 0xA5A5_5A5A | MASKED] {
