@@ -21,8 +21,6 @@ use rustix::io::{Errno, read, retry_on_intr, write};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{RecvFlags, recv};
 
-use crate::vsock;
-
 /// Connections at once; further ones are closed.
 const CONNECTIONS: usize = 16;
 /// How long a connection may be idle, or a request take to come, or its answer to be taken.
@@ -257,11 +255,14 @@ fn size(columns: u32, rows: u32) -> Option<(u16, u16)> {
     Some((columns.try_into().ok()?, rows.try_into().ok()?))
 }
 
-/// Serves the host for ever.
-pub fn serve<C: Container + 'static>(listener: &OwnedFd, service: &Arc<Service<C>>) {
+/// Serves the host for ever, on the connections that `accept` waits for.
+pub fn serve<C: Container + 'static>(
+    mut accept: impl FnMut() -> rustix::io::Result<OwnedFd>,
+    service: &Arc<Service<C>>,
+) {
     let open = Arc::new(AtomicUsize::new(0));
     loop {
-        match vsock::accept(listener) {
+        match accept() {
             Ok(socket) => {
                 if open.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS {
                     open.fetch_sub(1, Ordering::AcqRel);

@@ -194,7 +194,7 @@ impl Supervisor {
 pub fn listen(supervisor: &Arc<Supervisor>) {
     let Ok(listener) = vsock::listen(CONTROL_PORT, BACKLOG) else { return };
     let service = Arc::new(Service::new(supervisor.manifest.clone(), supervisor.clone()));
-    thread::spawn(move || control::serve(&listener, &service));
+    thread::spawn(move || control::serve(|| vsock::accept(&listener), &service));
 }
 
 fn number(signal: Signal) -> kernel::Signal {

@@ -67,7 +67,11 @@ pub fn listen(port: u32, backlog: i32) -> Result<OwnedFd> {
 /// If there is no memory for one, or it ended before it was accepted.
 pub fn accept(listener: &OwnedFd) -> Result<OwnedFd> {
     let (socket, peer) = acceptfrom_with(listener, SocketFlags::CLOEXEC)?;
-    if peer.as_ref().and_then(context) == Some(HOST) { Ok(socket) } else { Err(Errno::ACCESS) }
+    if peer.is_some_and(|peer| is_host(&peer)) { Ok(socket) } else { Err(Errno::ACCESS) }
+}
+
+fn is_host(address: &SocketAddrAny) -> bool {
+    context(address) == Some(HOST)
 }
 
 /// The context identifier in an address.
@@ -79,4 +83,34 @@ fn context(address: &SocketAddrAny) -> Option<u32> {
     }
     // SAFETY: there are as many bytes as the type has, and all bytes are good ones.
     Some(unsafe { address.as_ptr().cast::<Address>().read_unaligned() }.context)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use super::*;
+
+    #[test]
+    fn only_the_host_is_the_host() {
+        // The hypervisor, this domain by its loopback, other domains, anybody.
+        for other in [0, 1, 3, u32::MAX - 1, ANY] {
+            assert!(!is_host(&Address::new(other, 1024).as_any()), "{other}");
+        }
+        assert!(is_host(&Address::new(HOST, 1024).as_any()));
+        let mut address = Address::new(HOST, 1024);
+        address.family = AddressFamily::UNIX.as_raw();
+        assert!(!is_host(&address.as_any()));
+    }
+
+    #[test]
+    fn who_is_not_the_host_is_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listener = OwnedFd::from(UnixListener::bind(&path).unwrap());
+        let mut other = UnixStream::connect(&path).unwrap();
+        assert_eq!(accept(&listener).unwrap_err(), Errno::ACCESS);
+        assert_eq!(other.read(&mut [0]).unwrap(), 0);
+    }
 }

@@ -1,16 +1,25 @@
 //! Requests of the host: what comes to the container, and what does not.
-#![allow(clippy::unwrap_used)] // helpers of tests
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests
 
-use std::sync::Mutex;
-use std::time::Duration;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use cofferdam_container_manifest::{Host, Layer, Manifest, OnVerityFailure, Process, RootHash, Salt, Signal};
+use cofferdam_container_protocol::frame::{Frame, Kind};
 use cofferdam_container_protocol::message::{
     ExecRequest, Message, Method, ProcessState, Refused, Request, ResizeRequest, Response, SignalRequest,
     StateRequest, StateResponse, StatsRequest, StatsResponse, StopRequest, WaitRequest, WaitResponse, code,
 };
-use cofferdam_guest::control::{Container, Refusal, Service, Usage};
+use cofferdam_guest::control::{Container, Refusal, Service, Usage, serve};
 use proptest::prelude::*;
+use rustix::net::accept;
+
+/// How long anything may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A container that writes down what comes to it. Process `ended` has ended with status 3, and the empty one runs.
 #[derive(Default)]
@@ -265,6 +274,42 @@ fn what_makes_no_sense_is_refused() {
             Request { payload: vec![0x0A, 9, 1], method: method.name().to_owned(), ..request.clone() };
         let answer = service.answer(&broken.encode_to_vec(), &|| true);
         assert_eq!(code_of(&answer).0, code::INVALID_ARGUMENT, "{}", method.name());
+    }
+}
+
+/// A connection of the host, one that it has had answered.
+fn answered(path: &Path) -> Option<UnixStream> {
+    let mut host = UnixStream::connect(path).unwrap();
+    host.set_read_timeout(Some(PATIENCE)).unwrap();
+    let payload = Request::new(Method::Stats, &StatsRequest {}).encode_to_vec();
+    // One that is closed already takes nothing.
+    let _ = host.write_all(&Frame { stream: 1, kind: Kind::Request, payload }.encode().unwrap());
+    match host.read(&mut [0; 4096]) {
+        Ok(1..) => Some(host),
+        Ok(0) => None,
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => None,
+        Err(error) => panic!("neither closed nor answered: {error}"),
+    }
+}
+
+#[test]
+fn sixteen_connections_are_served_at_once_and_more_are_closed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let service = Arc::new(service(nothing()));
+    // It serves until the process ends.
+    thread::spawn(move || serve(|| accept(&listener), &service));
+    let mut open: Vec<_> =
+        (0..16).map(|at| answered(&path).unwrap_or_else(|| panic!("{at} is closed"))).collect();
+    for _ in 0..3 {
+        assert!(answered(&path).is_none(), "the seventeenth is served");
+    }
+    // Who goes makes room, once that is seen.
+    open.pop();
+    let end = Instant::now() + PATIENCE;
+    while answered(&path).is_none() {
+        assert!(Instant::now() < end, "nobody is served any more");
     }
 }
 
