@@ -60,7 +60,7 @@ fn open<'a>(args: &LogsArgs, domain: &'a Domain) -> Result<Vec<(Log, LogReader<'
     let id = &domain.entry.id;
     if args.monitor {
         let missing = format!("what the monitor of domain {id} says is not kept: it runs in the foreground");
-        return find(Log::Monitor)?.map(|log| vec![log]).ok_or(Failure::NotKept(missing));
+        return one(find(Log::Monitor)?, domain, missing);
     }
     let of_container = if args.console { [None, None] } else { [find(Log::Stdout)?, find(Log::Stderr)?] };
     let of_container: Vec<_> = of_container.into_iter().flatten().collect();
@@ -68,9 +68,49 @@ fn open<'a>(args: &LogsArgs, domain: &'a Domain) -> Result<Vec<(Log, LogReader<'
         return Ok(of_container);
     }
     let missing = format!("the console of domain {id} is not kept: it is not on stdio");
-    find(Log::Console)?.map(|log| vec![log]).ok_or(Failure::NotKept(missing))
+    one(find(Log::Console)?, domain, missing)
+}
+
+/// The log that was looked for, or why there is none: that of a domain that ends meanwhile goes with it.
+fn one<T>(log: Option<T>, domain: &Domain, missing: String) -> Result<Vec<T>, Failure> {
+    match log {
+        Some(log) => Ok(vec![log]),
+        None if domain.run_dir.is_live(&domain.entry)? => Err(Failure::NotKept(missing)),
+        None => Err(Failure::Ended(domain.entry.id.clone())),
+    }
 }
 
 fn failed(domain: &Domain, error: io::Error) -> Failure {
     Failure::NotKept(format!("the log of domain {}: {error}", domain.entry.id))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+    use crate::run_dir::RunDir;
+
+    #[test]
+    fn what_is_not_kept_is_told_from_what_went_with_its_domain() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = folder.path().join("run");
+        let own = RunDir::open_or_make(&run_dir).unwrap().make_entry("d").unwrap();
+        let args = |which: &[&str]| {
+            let words = ["cofferdam", "logs", "d", "--run-dir", run_dir.to_str().unwrap()];
+            match Cli::try_parse_from(words.iter().chain(which)).unwrap().command {
+                Command::Logs(args) => args,
+                _ => unreachable!("the command line says logs"),
+            }
+        };
+        let (console, monitor) = (args(&[]), args(&["--monitor"]));
+        let domain = Domain::find(&console.target).unwrap();
+        let refusal = |args| print_log(args, &domain).unwrap_err().to_string();
+        assert_eq!(refusal(&console), "the console of domain d is not kept: it is not on stdio");
+        let foreground = "what the monitor of domain d says is not kept: it runs in the foreground";
+        assert_eq!(refusal(&monitor), foreground);
+        drop(own);
+        assert_eq!([refusal(&console), refusal(&monitor)], ["domain d has ended"; 2]);
+    }
 }
