@@ -108,10 +108,19 @@ pub(crate) mod tests {
         assert_eq!(unsafe { libc::raise(signal) }, 0);
     }
 
+    /// None of them stays ignored, as some are in what a shell starts in the background.
+    pub fn stop_signals(metrics: Arc<SignalMetrics>) -> StopSignals {
+        for signal in STOP_SIGNALS {
+            // SAFETY: the default action installs no handler.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        StopSignals::new(metrics).unwrap()
+    }
+
     #[test]
     fn signals_that_were_blocked_already_are_no_error() {
-        StopSignals::new(Arc::default()).unwrap();
-        let signals = StopSignals::new(Arc::default()).unwrap();
+        stop_signals(Arc::default());
+        let signals = stop_signals(Arc::default());
         raise(libc::SIGTERM);
         assert_eq!(signals.take(), 1);
     }
@@ -119,7 +128,7 @@ pub(crate) mod tests {
     #[test]
     fn signals_are_kept_until_they_are_taken() {
         let metrics = Arc::<SignalMetrics>::default();
-        let signals = StopSignals::new(metrics.clone()).unwrap();
+        let signals = stop_signals(metrics.clone());
         assert_eq!(signals.take(), 0);
         STOP_SIGNALS.into_iter().for_each(raise);
         assert_eq!(signals.take(), STOP_SIGNALS.len());

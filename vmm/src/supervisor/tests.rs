@@ -14,7 +14,7 @@ use crate::board::{Buses, EventLoop};
 use crate::gate::Gate;
 use crate::phases::PhaseClock;
 use crate::seccomp::Policies;
-use crate::signals::tests::raise;
+use crate::signals::tests::{raise, stop_signals};
 use crate::vcpu::Shared;
 
 /// A deadline that no test waits for.
@@ -56,7 +56,7 @@ impl Domain {
         });
         let vcpus = Vcpus::start(Vec::new(), shared.clone()).unwrap();
         let power_button = Arc::new(PowerButton::new(Arc::new(Line)));
-        let signals = StopSignals::new(Arc::default()).unwrap();
+        let signals = stop_signals(Arc::default());
         let supervisor =
             Supervisor::new(control.clone(), vcpus, signals, power_button.clone(), stop_timeout, client);
         let supervisor = Arc::new(Mutex::new(supervisor.unwrap()));

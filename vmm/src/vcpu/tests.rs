@@ -1,7 +1,8 @@
 //! vCPU threads on the KVM of this machine, with guests of a few real-mode instructions.
 
 use super::*;
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -155,19 +156,22 @@ fn a_kick_counts_where_its_signal_was_blocked_by_whoever_started_us() {
     guest.end();
 }
 
-/// CPU time of this process's thread `name`, nanoseconds. A new thread takes a moment to name itself.
-fn cpu_time(name: &str) -> u64 {
-    let mut time = None;
+/// This process's thread `name`. A new one takes a moment to name itself, and one that has ended to go.
+fn task(name: &str) -> PathBuf {
+    let mut found = Vec::new();
     wait_for(|| {
-        let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
-        time = tasks.map(|task| task.path()).find_map(|path| {
-            let comm = std::fs::read_to_string(path.join("comm")).ok()?;
-            let text = std::fs::read_to_string(path.join("schedstat")).ok()?;
-            (comm.trim() == name).then(|| text.split(' ').next()?.parse().ok())?
-        });
-        time.is_some()
+        let tasks = fs::read_dir("/proc/self/task").unwrap().flatten().map(|task| task.path());
+        let is_called =
+            |task: &PathBuf| fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name);
+        found = tasks.filter(is_called).collect();
+        found.len() == 1
     });
-    time.unwrap()
+    found.remove(0)
+}
+
+/// CPU time of a thread, nanoseconds.
+fn cpu_time(task: &Path) -> u64 {
+    fs::read_to_string(task.join("schedstat")).unwrap().split(' ').next().unwrap().parse().unwrap()
 }
 
 #[test]
@@ -175,9 +179,10 @@ fn a_vcpu_that_was_not_started_takes_no_time() {
     let guest = Guest::new(COUNT, 2, Buses::default());
     guest.vcpus.resume();
     guest.wait_until_it_counts();
-    let (busy, idle) = (cpu_time("vcpu0"), cpu_time("vcpu1"));
-    wait_for(|| cpu_time("vcpu0") - busy > 100_000_000);
-    assert!(cpu_time("vcpu1") - idle < 10_000_000);
+    let (busy, idle) = (task("vcpu0"), task("vcpu1"));
+    let before = [cpu_time(&busy), cpu_time(&idle)];
+    wait_for(|| cpu_time(&busy) - before[0] > 100_000_000);
+    assert!(cpu_time(&idle) - before[1] < 10_000_000);
     guest.end();
 }
 

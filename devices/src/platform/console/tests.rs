@@ -33,13 +33,11 @@ impl Rig {
 
     /// Turns the event loop until `done`, but not for ever.
     fn turn_until(&mut self, what: &str, mut done: impl FnMut() -> bool) {
-        for _ in 0..10_000 {
-            if done() {
-                return;
-            }
+        let end = soon();
+        while !done() {
+            assert!(Instant::now() < end, "never happened: {what}");
             self.turn();
         }
-        panic!("never happened: {what}");
     }
 
     /// A vCPU that sends `bytes` and counts how many it got rid of.
@@ -67,13 +65,10 @@ impl Rig {
 
     /// Everything that the guest reads until it has `count` bytes.
     fn guest_reads_all(&mut self, count: usize) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        for _ in 0..10_000 {
-            bytes.extend(self.guest_reads());
-            if bytes.len() >= count {
-                break;
-            }
+        let (mut bytes, end) = (self.guest_reads(), soon());
+        while bytes.len() < count && Instant::now() < end {
             self.turn();
+            bytes.extend(self.guest_reads());
         }
         bytes
     }
