@@ -1,6 +1,8 @@
 use super::*;
 use std::collections::BTreeSet;
+use std::env;
 use std::path::PathBuf;
+use std::process::Command;
 
 use syscalls::Sysno;
 
@@ -84,6 +86,28 @@ fn without_policies_nothing_is_filtered() {
         none.install(thread).unwrap();
     }
     assert!(filters() == before && !before.is_empty(), "{before:?}");
+}
+
+/// This program once more, as a monitor with a bug in one kind of thread. How it ends is the C library's to say: it may
+/// not send itself SIGABRT.
+#[test]
+fn a_panic_is_told_before_the_end() {
+    const BUGGY: &str = "COFFERDAM_TEST_BUGGY_THREAD";
+    let threads = [Thread::Vmm, Thread::Vcpu(7), Thread::Api];
+    if let Ok(name) = env::var(BUGGY) {
+        let thread = threads.into_iter().find(|thread| thread.to_string() == name).unwrap();
+        violation::install().unwrap();
+        Policies::built_in().install(thread).unwrap();
+        panic!("a bug of {name}");
+    }
+    for thread in threads {
+        let mut buggy = Command::new(env::current_exe().unwrap());
+        buggy.args(["--nocapture", "--exact", "seccomp::tests::a_panic_is_told_before_the_end"]);
+        let output = buggy.env(BUGGY, thread.to_string()).env_remove("RUST_BACKTRACE").output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(told.contains("panicked at") && told.contains(&format!("a bug of {thread}\n")), "{output:?}");
+        assert!(!output.status.success(), "{output:?}");
+    }
 }
 
 /// What a program of seccomp answers to a call (Linux `Documentation/networking/filter.rst`).
