@@ -143,8 +143,13 @@ fn the_wrong_kind_is_refused_by_field_and_a_failed_launch_loses_nothing() {
     let listener = UnixListener::bind(folder.path().join("v.sock")).unwrap();
     let (directory, null) = (File::open("/").unwrap(), File::open("/dev/null").unwrap());
     let (pipe, _writer) = std::io::pipe().unwrap();
-    let [kernel, disk, odd, reading, serial, vsock, directory, null, pipe] = [
+    let (block, authentication) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    block.set_len(96).unwrap();
+    authentication.set_len(4096).unwrap();
+    let [kernel, block, authentication, disk, odd, reading, serial, vsock, directory, null, pipe] = [
         inherit(&kernel),
+        inherit(&block),
+        inherit(&authentication),
         inherit(&disk),
         inherit(&odd),
         inherit(&reading),
@@ -207,13 +212,14 @@ fn the_wrong_kind_is_refused_by_field_and_a_failed_launch_loses_nothing() {
     }
     assert_eq!(monitor.ask("GET /vm/config", "").1, before);
 
-    // Everything is opened, and the console, which is last, fails.
+    // Everything is opened, and the console, which is last, fails. (What is for SEV-SNP is read on any host.)
     let config = json!({
         "boot-source": {"kernel_image_path": kernel},
         "machine-config": {"vcpu_count": 1, "mem_size_mib": 64},
         "drives": [{"drive_id": "d", "path_on_host": disk}],
         "vsock": {"guest_cid": 3, "uds_path": vsock},
         "serial": {"serial_out_path": folder.path().join("no/where")},
+        "confidential": {"snp": {"id_block": block, "id_auth": authentication}},
     });
     monitor.done("PUT /vm", &config.to_string());
     for _ in 0..3 {

@@ -147,7 +147,7 @@ fn open_boot(
     inherited: &mut Inherited,
 ) -> Result<(Boot, Box<dyn Platform>), StartError> {
     let (mode, memory) = (config.boot.mode(), memory_size(config));
-    let wanted = wanted(&config.confidential, manifest_digest)?;
+    let wanted = wanted(&config.confidential, manifest_digest, inherited)?;
     let mut image = if let Some(path) = &config.boot.image_path {
         Image::open(image(IMAGE_PATH, path, inherited)?)?
     } else {

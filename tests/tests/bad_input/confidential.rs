@@ -43,5 +43,21 @@ fn id_blocks_of_another_size() {
         let run = hello().with("snp-id-block", &block).with("snp-id-auth", bad);
         table.refuses(name, run, &["confidential.snp.id_auth: ", "it has not 4096 bytes"]);
     }
+    // Opening a pipe would wait for somebody who writes to it, and serve nobody meanwhile.
+    for (bad, reason) in [
+        (table.path("missing"), "No such file or directory"),
+        (table.directory("directory"), "not a regular file"),
+        (table.fifo("pipe"), "not a regular file"),
+        (table.file("empty", b""), "is empty"),
+        ("/dev/zero".into(), "not a regular file"),
+        ("fd:1".into(), "\"1\" is not a descriptor from 3 on"),
+        ("fd:999".into(), "fd:999: no such descriptor is open"),
+    ] {
+        let row = bad.display().to_string();
+        let run = hello().with("snp-id-block", &bad).with("snp-id-auth", &authentication);
+        table.refuses(&row, run, &["confidential.snp.id_block: ", reason]);
+        let run = hello().with("snp-id-block", &block).with("snp-id-auth", &bad);
+        table.refuses(&row, run, &["confidential.snp.id_auth: ", reason]);
+    }
     table.end();
 }

@@ -1,7 +1,7 @@
 //! What is asked of the platform, its files read.
 
 use std::fs::OpenOptions;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -12,19 +12,24 @@ use cofferdam_confidential::digest::id_block::{IdAuthentication, IdBlock};
 use cofferdam_confidential::snp::SnpOptions;
 use cofferdam_confidential::snp::certificates::{Certificates, CertificatesError};
 
-use super::{StartError, bad_descriptor, source};
-use crate::descriptor::{self, Inherited};
+use super::{StartError, bad_descriptor, image, source};
+use crate::boot::file::ImageFile;
+use crate::descriptor::Inherited;
 
 /// The field, as messages name it.
 pub(super) const CERTIFICATES: &str = "confidential.snp.certs";
 
 /// What is asked of the platform, its files read. The digest of a container's manifest is the host's data.
-pub(super) fn wanted(config: &Confidential, manifest_digest: Option<[u8; 32]>) -> Result<Wanted, StartError> {
+pub(super) fn wanted(
+    config: &Confidential,
+    manifest_digest: Option<[u8; 32]>,
+    inherited: &mut Inherited,
+) -> Result<Wanted, StartError> {
     let SnpConfig { policy, id_block, id_auth, certs } = &config.snp;
     let id = match (id_block, id_auth) {
         (Some(block), Some(authentication)) => Some(Box::new((
-            IdBlock::from_bytes(&exact("confidential.snp.id_block", block)?),
-            IdAuthentication::from_bytes(&exact("confidential.snp.id_auth", authentication)?),
+            IdBlock::from_bytes(&exact("confidential.snp.id_block", block, inherited)?),
+            IdAuthentication::from_bytes(&exact("confidential.snp.id_auth", authentication, inherited)?),
         ))),
         _ => None,
     };
@@ -65,12 +70,18 @@ pub(super) fn open_certificates(
 }
 
 /// The content of a file that has exactly `N` bytes.
-fn exact<const N: usize>(field: &'static str, path: &Path) -> Result<[u8; N], StartError> {
+fn exact<const N: usize>(
+    field: &'static str,
+    path: &Path,
+    inherited: &mut Inherited,
+) -> Result<[u8; N], StartError> {
     let failed = |error| StartError::Structure { field, path: path.to_owned(), error };
-    let mut bytes = Vec::new();
-    // One byte more shows that it is too large.
-    descriptor::open(&source(field, path)?)
-        .and_then(|file| file.take((N as u64).saturating_add(1)).read_to_end(&mut bytes))
-        .map_err(failed)?;
-    bytes.as_slice().try_into().map_err(|_| failed(io::Error::other(format!("it has not {N} bytes"))))
+    let file =
+        ImageFile::open(image(field, path, inherited)?).map_err(|error| failed(io::Error::other(error)))?;
+    if file.length() != N as u64 {
+        return Err(failed(io::Error::other(format!("it has not {N} bytes"))));
+    }
+    let mut bytes = [0; N];
+    file.read_at(&mut bytes, 0).map_err(|error| failed(io::Error::other(error)))?;
+    Ok(bytes)
 }
