@@ -127,11 +127,15 @@ impl Image {
     }
 }
 
-/// Writes a file so that readers see the old one or the new one.
-pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let new = path.with_extension(format!("new-{}", std::process::id()));
-    fs::write(&new, bytes)?;
-    fs::rename(&new, path).inspect_err(|_| {
+/// Writes a file, all of it or nothing. Who has opened or mapped one that was there keeps that one.
+///
+/// # Errors
+/// If it cannot be written.
+pub fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidFilename)?.to_string_lossy();
+    let new = path.with_file_name(format!(".{name}.{}", std::process::id()));
+    fs::write(&new, bytes).and_then(|()| fs::rename(&new, path)).inspect_err(|_| {
+        // What is left of it, if anything.
         let _ = fs::remove_file(&new);
     })
 }
@@ -176,6 +180,21 @@ mod tests {
             assert_eq!(Image::read(folder.path()).unwrap(), Some(image));
         }
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left");
+    }
+
+    #[test]
+    fn a_file_is_replaced_or_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        replace_file(&path, b"old").unwrap();
+        let mut opened = File::open(&path).unwrap();
+        replace_file(&path, b"new").unwrap();
+        let mut text = String::new();
+        opened.read_to_string(&mut text).unwrap();
+        assert_eq!((text.as_str(), fs::read(&path).unwrap()), ("old", b"new".to_vec()));
+        fs::create_dir_all(folder.path().join("taken/by")).unwrap();
+        replace_file(&folder.path().join("taken"), b"x").unwrap_err();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing else is left");
     }
 
     #[test]

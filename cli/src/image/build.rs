@@ -1,7 +1,7 @@
 //! `cofferdam image build`: one file of a kernel, an initrd and a command line; with `--init` the image of containers' domains.
 
-use std::path::{Path, PathBuf};
-use std::{env, fs, io, process};
+use std::path::PathBuf;
+use std::{env, fs};
 
 use clap::Args;
 use cofferdam_api::config::DEFAULT_COMMAND_LINE;
@@ -10,6 +10,7 @@ use cofferdam_confidential::image::compose::{Blob, Options, Source, compose};
 use cofferdam_confidential::image::importer::ImagePlatform;
 use cofferdam_confidential::image::inspect::hex;
 use cofferdam_confidential::image::walk::Selection;
+use cofferdam_container::image::replace_file;
 use cofferdam_firmware::{boot, layout};
 
 use super::{ImageError, initrd, read_file};
@@ -150,7 +151,7 @@ pub fn build(args: &BuildArgs) -> Result<String, ImageError> {
     let mut image = Vec::new();
     writer.write(&mut image)?;
     let output = output(args)?;
-    replace(&output, &image).map_err(|source| ImageError::Write { path: output.clone(), source })?;
+    replace_file(&output, &image).map_err(|source| ImageError::Write { path: output.clone(), source })?;
     Ok(format!("{}: {} bytes, SHA-256 {}\n", output.display(), image.len(), hex(&Blob::of(&image).sha256)))
 }
 
@@ -169,18 +170,6 @@ fn output(args: &BuildArgs) -> Result<PathBuf, ImageError> {
     let path = folder.join("domain.igvm");
     fs::create_dir_all(&folder).map_err(|source| ImageError::Write { path: path.clone(), source })?;
     Ok(path)
-}
-
-/// Puts the image where it belongs, all of it or nothing. Who has mapped a file that was there keeps that one.
-fn replace(output: &Path, image: &[u8]) -> io::Result<()> {
-    let name = output.file_name().ok_or(io::ErrorKind::InvalidFilename)?.to_string_lossy();
-    let part = output.with_file_name(format!(".{name}.{}", process::id()));
-    let result = fs::write(&part, image).and_then(|()| fs::rename(&part, output));
-    if result.is_err() {
-        // What is left of it, if anything.
-        let _ = fs::remove_file(&part);
-    }
-    result
 }
 
 #[cfg(test)]
