@@ -58,9 +58,13 @@ pub fn coloured(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
+/// Text that somebody else has chosen, such as a file's name, its maker or a guest: no control codes for the terminal.
+pub fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 fn format_line(tone: Tone, message: &str, coloured: bool) -> String {
-    // A message may quote a file name or a guest: no control codes for the terminal.
-    let message: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let message = plain(message);
     match tone {
         Tone::Warning if coloured => format!("cofferdam: \x1b[33m{message}\x1b[0m"),
         Tone::Error if coloured => format!("cofferdam: \x1b[31m{message}\x1b[0m"),

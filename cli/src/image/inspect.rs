@@ -9,6 +9,7 @@ use cofferdam_confidential::igvm::reader::Igvm;
 use cofferdam_confidential::image::inspect::{FileReport, ManifestReport, Report, inspect as report};
 
 use super::{ImageError, read_file};
+use crate::say::plain;
 
 /// `cofferdam image inspect`.
 #[derive(Debug, Args)]
@@ -41,9 +42,7 @@ fn text_form(report: &Report) -> String {
         report.format_version, report.architecture, report.headers, report.size, report.sha256
     );
     if let Some(version) = &report.version_string {
-        // The file's maker chose it: no control codes for the terminal.
-        let version: String = version.chars().filter(|c| !c.is_control()).collect();
-        text.push_str(&format!("version {version}\n"));
+        text.push_str(&format!("version {}\n", plain(version)));
     }
     text.push('\n');
     let rows = report.platforms.iter().map(|platform| {
@@ -99,8 +98,7 @@ fn manifest_form(text: &mut String, manifest: &ManifestReport) {
     text.push_str(if manifest.accept_all { ", accepts all memory at the start\n" } else { "\n" });
     text.push_str(&format!("manifest hash {}\n", manifest.sha256));
     if let Some(line) = &manifest.command_line_text {
-        let line: String = line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-        text.push_str(&format!("command line: {line}\n"));
+        text.push_str(&format!("command line: {}\n", plain(line)));
     }
 }
 
