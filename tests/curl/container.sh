@@ -7,14 +7,21 @@
 # plain:    cofferdam-vmm runs as the caller. jailed: cofferdam-jailer, started by root, runs it as another user.
 # BIN:      the folder of both, such as target/x86_64-unknown-linux-musl/release
 # IMAGE:    what `cofferdam image build --init` makes
-# MANIFEST: it has to allow the command `/bin/sh -c "exit 3"`, the signal USR1, and a stop. The container has to run until
-#           it is sent USR1, which it ends of with 7, or stopped, with 8; it needs a scratch device of 16 MiB.
+# MANIFEST: it has to allow the command of `ready` below, the signal USR1, and a stop. The container has to make the file
+#           /ready and to run until it is sent USR1, which it ends of with 7, or stopped, with 8; it needs a scratch device
+#           of 16 MiB.
 set -eu
 
 usage="usage: container.sh plain|jailed BIN IMAGE MANIFEST LAYER..."
 mode=${1:?$usage} bin=${2:?$usage} image=${3:?$usage} manifest=${4:?$usage} layer=${5:?$usage}
 shift 4
 . "$(dirname "$0")/common.sh"
+
+# Waits, by a command in the container, until that minds signals.
+ready() {
+    api 200 POST /container/exec '{"args": ["/bin/sh", "-c", "until [ -e /ready ]; do sleep 0.1; done; exit 3"]}'
+    says '"exit_code":3'
+}
 
 # start LAYER...: starts a monitor, and a domain with the container.
 start() {
@@ -57,8 +64,7 @@ start "$@"
 api 200 GET /vm
 says "\"manifest_digest\":\"$(sha256sum "$manifest" | cut -d ' ' -f 1)\""
 says '"asserted_by_host":true,"step":"running","failure":null'
-api 200 POST /container/exec '{"args": ["/bin/sh", "-c", "exit 3"]}'
-says '"exit_code":3'
+ready
 # What the manifest does not grant is refused, and counted.
 api 400 POST /container/exec '{"args": ["/bin/sh", "-c", "exit 4"]}'
 says 'host.exec'
@@ -74,6 +80,7 @@ says '"step":"stopping"'
 
 echo "== stopped"
 start "$@"
+ready
 api 204 DELETE /vm
 finish 143 stopped
 says '"exit_code":8'

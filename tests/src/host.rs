@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use rustix::process::geteuid;
+use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 
 /// Runs the shell commands `before` in a mount namespace of its own, and then there what is added.
 pub fn after(before: &str) -> Vec<OsString> {
@@ -16,6 +16,14 @@ pub fn after(before: &str) -> Vec<OsString> {
     };
     let script = format!("{before} && exec \"$@\"");
     unshare.iter().copied().chain(["sh", "-c", &script, "sh"]).map(OsString::from).collect()
+}
+
+/// Lets this process, and what it starts, have as many descriptors as it may: a shell gives it 1,024, and a thousand
+/// connections take more.
+pub fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
+        .expect("it is within the maximum");
 }
 
 /// A name that no other domain has.

@@ -14,10 +14,11 @@ use std::thread;
 use std::time::Duration;
 
 use cofferdam_tests::api::ApiMonitor;
+use cofferdam_tests::host::raise_descriptor_limit;
 use cofferdam_tests::place;
 use rustix::fs::{CWD, Mode, mkfifoat};
 use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -285,8 +286,7 @@ fn the_version_is_told_as_firecracker_tells_its() {
 #[test]
 fn idle_half_and_pipelined_requests_hold_up_nobody() {
     let (_folder, monitor) = monitor();
-    let limit = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
+    raise_descriptor_limit();
     let _idle: Vec<_> = (0..1000).map(|_| monitor.connect()).collect();
     let mut half = monitor.connect();
     half.write(b"PUT /machine-config HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{");

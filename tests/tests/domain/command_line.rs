@@ -157,6 +157,19 @@ fn signals_are_the_containers_own() {
     }
 }
 
+/// Waits until the container `bg` has printed this and no more.
+fn wait_for_logs(case: &Case, stdout: &[u8], stderr: &[u8]) {
+    let end = Instant::now() + Duration::from_secs(240);
+    loop {
+        let logs = case.cofferdam(&["logs", "bg"]).output().unwrap();
+        if (&logs.stdout[..], &logs.stderr[..]) == (stdout, stderr) {
+            return;
+        }
+        assert!(Instant::now() < end, "{}", shown(&logs));
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
 #[test]
 fn one_in_the_background_runs_commands_and_says_what_it_uses() {
     let case = Case::new();
@@ -164,6 +177,7 @@ fn one_in_the_background_runs_commands_and_says_what_it_uses() {
     let script = "trap 'echo got it' USR1; echo out; echo err >&2; while :; do sleep 1; done";
     let started = case.run(&options, script).output().unwrap();
     assert_eq!((started.status.code(), &started.stdout[..]), (Some(0), &b"bg\n"[..]), "{}", shown(&started));
+    wait_for_logs(&case, b"out\n", b"err\n");
     let mut exec = case.cofferdam(&["exec", "-i", "bg", "--", "wc", "-c"]);
     let mut exec = exec.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     exec.stdin.take().unwrap().write_all(b"four").unwrap();
@@ -178,15 +192,7 @@ fn one_in_the_background_runs_commands_and_says_what_it_uses() {
     let stats: Value =
         serde_json::from_slice(&tool(&mut case.cofferdam(&["stats", "bg", "--json"]))).unwrap();
     assert_eq!(stats["refused"], json!({"Exec": 1, "Signal": 1}));
-    let end = Instant::now() + Duration::from_secs(240);
-    loop {
-        let logs = case.cofferdam(&["logs", "bg"]).output().unwrap();
-        if (&logs.stdout[..], &logs.stderr[..]) == (&b"out\ngot it\n"[..], &b"err\n"[..]) {
-            break;
-        }
-        assert!(Instant::now() < end, "{}", shown(&logs));
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    wait_for_logs(&case, b"out\ngot it\n", b"err\n");
     tool(&mut case.cofferdam(&["stop", "bg"]));
     assert!(case.left().is_empty(), "{:?}", case.left());
 }

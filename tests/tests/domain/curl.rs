@@ -20,9 +20,10 @@ fn drive(mode: &str) {
 }
 
 fn drive_container(mode: &str) {
-    let script = "trap 'exit 7' USR1; trap 'exit 8' TERM; while true; do sleep 0.1; done";
+    let script = "trap 'exit 7' USR1; trap 'exit 8' TERM; touch /ready; while true; do sleep 0.1; done";
     let mut container = Container::new(script).stoppable(&[Signal::Usr1], Signal::Term, 60_000);
-    container.manifest.host.exec = vec![["/bin/sh", "-c", "exit 3"].map(str::to_owned).into()];
+    let ready = ["/bin/sh", "-c", "until [ -e /ready ]; do sleep 0.1; done; exit 3"];
+    container.manifest.host.exec = vec![ready.map(str::to_owned).into()];
     container.manifest.scratch = Some(Scratch { protection: Protection::Authenticated, size: 16 << 20 });
     let manifest = container.file("manifest.json");
     fs::write(&manifest, encode(&container.manifest).unwrap()).unwrap();

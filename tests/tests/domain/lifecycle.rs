@@ -150,7 +150,7 @@ fn linux_resets_in_every_way_it_knows() {
 #[test]
 fn sigterm_presses_the_power_button() {
     let guest = Guest::new();
-    let running = guest.run("button").with("stop-timeout", "60s").start();
+    let running = guest.run("button").with("stop-timeout", "240s").start();
     running.wait_for("waiting for the power button");
     running.signal(Signal::TERM);
     let done = running.finish();
@@ -186,9 +186,8 @@ fn a_killed_monitor_leaves_nothing() {
 fn console_input_arrives_byte_for_byte() {
     let guest = Guest::new();
     let mut running = guest.run_with("cat", 256).start();
+    // Once the guest's terminal is raw it takes every byte as it is.
     running.wait_for("guest: type");
-    // Until the guest's terminal is raw; then every byte.
-    std::thread::sleep(std::time::Duration::from_secs(2));
     let bytes: Vec<u8> = (0..=255).collect();
     let stdin = running.stdin();
     send(&stdin, &bytes);

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 use cofferdam_api::status::ExitReason;
 use cofferdam_test_guest as stream;
 use cofferdam_tests::Guest;
+use cofferdam_tests::host::raise_descriptor_limit;
 
 const MIB: u64 = 1 << 20;
 
 /// Connects to `port` of the guest as a program of the host does, once the guest listens.
 fn connect(socket: &Path, port: u32) -> UnixStream {
-    let end = Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + Duration::from_secs(240);
     loop {
         let mut connection = UnixStream::connect(socket).unwrap();
         writeln!(connection, "CONNECT {port}").unwrap();
@@ -45,6 +46,7 @@ fn a_gib_passes_uncorrupted_in_each_direction() {
 #[test]
 #[ignore = "long: make test-all"]
 fn a_thousand_connections_at_once_and_one_after_another() {
+    raise_descriptor_limit();
     let guest = Guest::new();
     let listener = UnixListener::bind(guest.file("v_5000")).unwrap();
     thread::spawn(move || {

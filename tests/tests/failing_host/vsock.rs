@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 
 use cofferdam_tests::Finished;
+use cofferdam_tests::host::raise_descriptor_limit;
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -83,6 +84,7 @@ pub fn talk(mut program: UnixStream, port: u32) {
 
 #[test]
 fn a_thousand_connections_of_the_guest_at_once() {
+    raise_descriptor_limit();
     let echo = Echo::start();
     let run = payload("streams").with("vsock", echo.socket()).with("cmdline", "mode=together count=1000");
     let done = run.finish();
@@ -99,6 +101,7 @@ fn a_thousand_connections_of_the_guest_one_after_another() {
 
 #[test]
 fn a_thousand_connections_of_the_host_at_once_and_one_after_another() {
+    raise_descriptor_limit();
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("v.sock");
     let run = payload("streams").with("vsock", &socket).with("cmdline", "mode=serve count=2000");
