@@ -9,8 +9,8 @@ use crate::cpu::delay;
 use crate::virtio::{Device, register, status};
 use crate::{entry, println, serial};
 
-/// How often to look, with a delay between: seconds.
-const PATIENCE: u32 = 500_000;
+/// How often to look, with a delay between: minutes.
+const PATIENCE: u32 = 100_000_000;
 /// `InterruptStatus`: the configuration or the status has changed.
 const CONFIG_INTERRUPT: u32 = 2;
 
@@ -28,7 +28,7 @@ pub fn checkpoint(what: &str) {
     while serial::read().is_none() {}
 }
 
-/// Waits until `condition` holds, for seconds.
+/// Waits until `condition` holds, for minutes.
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let held = (0..PATIENCE).any(|_| {
         delay();

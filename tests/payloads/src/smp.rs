@@ -24,9 +24,9 @@ const ALL_BUT_SELF: u32 = 0b11 << 18 | 1 << 14;
 const INIT: u32 = ALL_BUT_SELF | 0b101 << 8;
 const START_UP: u32 = ALL_BUT_SELF | 0b110 << 8 | (TRAMPOLINE / PAGE_SIZE) as u32;
 
-/// How often [`cpu::delay`](delay) runs after INIT (some 10 ms), and while waiting at most (seconds).
+/// How often [`cpu::delay`](delay) runs after INIT (some 10 ms), and while waiting at most (minutes).
 const AFTER_INIT: u32 = 1_000;
-const PATIENCE: u32 = 500_000;
+const PATIENCE: u32 = 100_000_000;
 
 static STARTED: AtomicU32 = AtomicU32::new(0);
 
@@ -77,7 +77,7 @@ fn write_apic(register: u64, value: u32) {
     unsafe { (register as *mut u32).write_volatile(value) }
 }
 
-/// Starts all other vCPUs and waits until there are `expected` (or seconds have passed): how many there are.
+/// Starts all other vCPUs and waits until there are `expected` (or minutes have passed): how many there are.
 pub fn start(expected: u32) -> u32 {
     // SAFETY: the trampoline's page is free RAM, and its code is shorter than that.
     unsafe {

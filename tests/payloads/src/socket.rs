@@ -40,8 +40,8 @@ impl Shape {
 
 const RX: u32 = 0;
 const TX: u32 = 1;
-/// How often to look for a packet, with a delay between: seconds.
-const PATIENCE: u32 = 500_000;
+/// How often to look for a packet, with a delay between: minutes, as the host's other CPUs may be busy.
+const PATIENCE: u32 = 100_000_000;
 
 /// Operations (virtio 1.2, 5.10.6).
 pub mod op {

@@ -71,8 +71,8 @@ pub const VERSION_1: u64 = 1 << 32;
 pub const EVENT_IDX: u64 = 1 << 29;
 /// "virt"
 const MAGIC: u32 = 0x7472_6976;
-/// How often a driver looks for an answer, with a delay between: seconds.
-const PATIENCE: u32 = 1_000_000;
+/// How often a driver looks for an answer, with a delay between: minutes, as the host's disk or its other CPUs may be busy.
+const PATIENCE: u32 = 100_000_000;
 
 /// The registers of one virtio-mmio slot.
 #[derive(Clone, Copy)]
@@ -284,7 +284,7 @@ impl Queue {
         Some(Used { head: ram::read_u32(entry), written: ram::read_u32(entry + 4) })
     }
 
-    /// Waits some seconds for [`Queue::poll`], or until the device needs a reset.
+    /// Waits some minutes for [`Queue::poll`], or until the device needs a reset.
     pub fn wait(&mut self, device: &Device) -> Option<Used> {
         for attempt in 0..PATIENCE {
             let used = self.poll();

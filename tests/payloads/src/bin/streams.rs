@@ -35,8 +35,10 @@ const BATCH: u32 = 16;
 const PIECE: u32 = 60 << 10;
 /// Buffer for a stream that the driver claims to have.
 const WINDOW: u32 = 1 << 20;
-/// How often to look for a packet, with a delay between: seconds.
-const PATIENCE: u32 = 1_000_000;
+/// How often to look for a packet, with a delay between: minutes, as the host's other CPUs may be busy.
+const PATIENCE: u32 = 100_000_000;
+/// The same where none is expected any more: a moment.
+const STALL: u32 = 30_000;
 
 fn main() -> u8 {
     let count = entry::number("count").unwrap_or(1) as u32;
@@ -89,7 +91,7 @@ fn each(socket: &mut Socket, count: u32) -> bool {
     (0..count).map(|index| connections(socket, GUEST_PORT + index, 1)).sum::<Answers>().report()
 }
 
-/// The next packet but for news of credit, within seconds; and the first word of its payload.
+/// The next packet but for news of credit, within minutes; and the first word of its payload.
 fn next(socket: &mut Socket) -> Option<(Packet, u64)> {
     for _ in 0..PATIENCE {
         match socket.poll_with(|_, payload| word_at(payload)) {
@@ -199,7 +201,7 @@ fn send(socket: &mut Socket, bytes: u64) -> bool {
     // The answer told the window, but `connect` keeps that for itself: so ask.
     let (mut sent, mut window, mut consumed) = (0_u64, 0_u32, 0_u32);
     socket.send(&Packet::new(GUEST_PORT, HOST_PORT, op::CREDIT_REQUEST), 0);
-    let (mut idle, patience) = (0, if entry::option("stall").is_some() { PATIENCE / 32 } else { PATIENCE });
+    let (mut idle, patience) = (0, if entry::option("stall").is_some() { STALL } else { PATIENCE });
     while sent < bytes {
         while let Some(news) = socket.poll() {
             (window, consumed, idle) = (news.buf_alloc, news.fwd_cnt, 0);
