@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long the machine may take to come back to what it held.
-const SETTLE: Duration = Duration::from_secs(60);
+const SETTLE: Duration = Duration::from_secs(240);
 
 /// What the machine holds at one moment.
 #[derive(Debug)]
