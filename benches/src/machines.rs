@@ -115,7 +115,7 @@ impl Machines {
     }
 }
 
-/// The same caching as Cofferdam's default: the page cache, and flushes of the guest are flushes of the host.
+/// The same caching as Cofferdam's disk above: the page cache, and flushes of the guest are flushes of the host.
 fn drive(disk: &Path) -> [String; 2] {
     let options = "if=none,id=disk,format=raw,aio=io_uring,cache=writeback";
     ["-drive".into(), format!("{options},file={}", disk.display())]

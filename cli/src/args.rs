@@ -124,8 +124,8 @@ pub struct Target {
 const CONTROL_CODES: &str = "\
 Exit codes:
   0    done
-  124  the monitor refuses, does not answer or does not end
-  125  there is no such domain";
+  124  the monitor or the guest refuses, does not answer or does not end
+  125  there is no such domain, or it has just ended";
 
 /// `cofferdam ps`.
 #[derive(Debug, Args)]
@@ -138,13 +138,19 @@ pub struct PsArgs {
     pub place: Place,
 }
 
+const LOGS_CODES: &str = "\
+Exit codes:
+  0    done
+  125  there is no such domain, or nothing is kept of what is asked for";
+
 /// `cofferdam logs`.
 #[derive(Debug, Args)]
+#[command(after_help = LOGS_CODES)]
 pub struct LogsArgs {
     /// Go on until the domain ends
     #[arg(short, long)]
     pub follow: bool,
-    /// What a container's kernel has printed on the console instead of what the container has
+    /// What is on the console of a container's domain, instead of what the container has printed
     #[arg(long, conflicts_with = "monitor")]
     pub console: bool,
     /// What the monitor had to say instead; kept for domains started with --detach

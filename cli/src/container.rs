@@ -48,7 +48,7 @@ pub struct BuildArgs {
     /// Print the summary as JSON
     #[arg(long)]
     json: bool,
-    /// Program and arguments, instead of the image's command
+    /// Program and arguments, instead of the image's command but behind its entry point
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }

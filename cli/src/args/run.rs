@@ -35,8 +35,9 @@ Examples:
     gzip -d < data.gz | cofferdam run --container DIR -i --env A=1 --user 1000 -- sort
 
 On a terminal, Ctrl-A x stops the domain at once and Ctrl-A Ctrl-A sends a Ctrl-A.
-SIGTERM, SIGINT and SIGHUP press its power button; a second one stops it at once.
-A container gets them itself, as its manifest allows; the second one stops its domain.
+SIGTERM, SIGINT, SIGHUP and SIGQUIT press its power button; a second one stops it at once.
+A container gets them itself, SIGUSR1 and SIGUSR2 too, as its manifest allows; the second one
+that asks for an end stops its domain in order, the third at once.
 
 Exit codes (exit_reason in the JSON):
   0 or the guest's own code   the guest powered off (power_off)
@@ -82,7 +83,7 @@ pub struct RunArgs {
     /// A disk: path=FILE[,ro][,root][,id=NAME][,iops=N][,bandwidth=N][,engine=NAME]; may be given several times
     ///
     /// A raw image or a block device. `ro` forbids writing, `root` makes it the root file system, `iops`
-    /// and `bandwidth` limit requests and bytes per second. A comma in FILE is written twice.
+    /// and `bandwidth` limit requests and bytes per second, `engine` is auto, sync or async. A comma in FILE is written twice.
     #[arg(long = "drive", value_name = "SPEC", value_parser = DriveArg::parse)]
     pub drives: Vec<DriveArg>,
     /// Unix socket on which the host reaches the guest's vsock; the guest reaches SOCKET_<port>
@@ -118,7 +119,7 @@ pub struct RunArgs {
     /// Name of the domain [default: domain-<process id>]
     #[arg(long, value_name = "NAME")]
     pub id: Option<String>,
-    /// Return when the domain runs, and print its name; `cofferdam logs` shows its console
+    /// Return when the domain runs, or its container, and print its name; `cofferdam logs` shows what it prints
     #[arg(short, long, conflicts_with = "json")]
     pub detach: bool,
     /// Time between a press of the power button and a hard stop: 10s, 500ms, 2m [default: 10s, or a container's own time and 5s]

@@ -39,7 +39,7 @@ pub struct ContainerArgs {
     /// User of the process, and group: names of the image's, or numbers
     #[arg(short, long, value_name = "USER[:GROUP]")]
     user: Option<String>,
-    /// Keep what the container writes on an encrypted device of this size instead of in memory
+    /// Keep what the container writes on an encrypted device of this size instead of in the domain's memory
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     scratch: Option<u64>,
     /// Make the root file system read-only
@@ -51,7 +51,7 @@ pub struct ContainerArgs {
     /// Let the host send this signal, as USR1; may be given several times
     #[arg(long, value_name = "SIGNAL", value_parser = parse_signal)]
     allow_signal: Vec<Signal>,
-    /// Program and arguments, instead of the image's command
+    /// Program and arguments, instead of the image's command but behind its entry point
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }

@@ -175,6 +175,19 @@ fn a_network_namespace_that_there_is_can_be_joined() {
     assert!(wait_until(|| base.is_empty()));
 }
 
+/// To the kernel it is a file. (The monitor is the first process of its namespace, so the signal is nothing to it.)
+#[test]
+fn memory_beyond_the_limit_on_files_is_refused() {
+    let _alone = alone();
+    let base = Base::new();
+    let mut command = base.domain("a", "hello", "");
+    command.args(["--resource-limit", "fsize=1048576"]);
+    let (code, text) = run(with_config(command));
+    assert_eq!(code, Some(125), "{text}");
+    assert!(text.contains("ftruncate: File too large"), "{text}");
+    assert!(base.is_empty());
+}
+
 #[test]
 fn a_bound_drive_is_read_only_unless_said_otherwise() {
     let _alone = alone();
