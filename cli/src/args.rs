@@ -165,10 +165,10 @@ pub struct LogsArgs {
 #[derive(Debug, Args)]
 #[command(after_help = EXEC_CODES)]
 pub struct ExecArgs {
-    /// Let the command read standard input
+    /// Let the command read standard input, if the manifest grants that (host.stdin)
     #[arg(short, long)]
     pub interactive: bool,
-    /// Give the command a terminal, with standard input
+    /// Give the command a terminal, with standard input, if the manifest grants that (host.stdin)
     #[arg(short, long)]
     pub tty: bool,
     /// Which domain.
