@@ -16,7 +16,7 @@ use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use self::support::terminal;
+use self::support::{minding_signals, terminal};
 
 mod support;
 
@@ -56,7 +56,7 @@ impl Case {
     }
 
     fn cofferdam(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam"));
+        let mut command = minding_signals(env!("CARGO_BIN_EXE_cofferdam"));
         command.args(words).current_dir(self.folder.path());
         command
             .env("COFFERDAM_RUN_DIR", "run")

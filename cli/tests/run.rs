@@ -20,7 +20,7 @@ use rustix::termios::{LocalModes, tcgetattr};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use self::support::terminal;
+use self::support::{minding_signals, terminal};
 
 mod support;
 
@@ -56,7 +56,7 @@ impl Case {
     }
 
     fn command(&self, extra: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cofferdam"));
+        let mut command = minding_signals(env!("CARGO_BIN_EXE_cofferdam"));
         command.args(["run", "--kernel", "vmlinux", "--vmm", "./vmm", "--id", "d"]).args(extra);
         command.current_dir(self.folder.path()).env("COFFERDAM_RUN_DIR", "run").stdin(Stdio::null());
         command.stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -41,7 +41,8 @@ impl Place {
             .with("drive", format!("path={}", self.path("disk").display()))
             .with("vsock", self.path("v.sock"))
             .with("stop-timeout", "50ms")
-            .wrapped(["env".to_owned(), format!("TMPDIR={}", self.path("tmp").display())])
+            // Signals that whoever runs the tests ignores, as nohup(1) does, would stay ignored.
+            .wrapped(["env", "--default-signal", &format!("TMPDIR={}", self.path("tmp").display())])
     }
 
     /// Sends `signal` to what `whom` finds, each time a step later, and checks what is left.
