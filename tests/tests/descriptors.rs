@@ -1,6 +1,6 @@
 //! Inherited descriptors in place of paths, and sockets that a service manager passes.
 
-#![allow(clippy::unwrap_used)] // helpers of tests fail by panicking
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests fail by panicking
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -43,7 +43,7 @@ fn read_until(from: &mut impl Read, text: &str) -> String {
     let mut byte = [0];
     while !read.ends_with(text.as_bytes()) {
         let seen = || String::from_utf8_lossy(&read).into_owned();
-        assert_eq!(from.read(&mut byte).unwrap(), 1, "no {text:?} in {:?}", seen());
+        from.read_exact(&mut byte).unwrap_or_else(|error| panic!("no {text:?} in {:?}: {error}", seen()));
         read.push(byte[0]);
     }
     String::from_utf8(read).unwrap()

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -108,11 +109,13 @@ pub fn with_config(mut command: Command) -> Command {
 pub struct Running(pub Child);
 
 impl Running {
-    /// Starts it, and waits until the guest runs, which the vsock socket in the jail shows.
+    /// Starts it, and waits until the monitor listens on this socket in the jail.
     pub fn start(mut command: Command, socket: &Path) -> Self {
         let mut running = Self(command.spawn().unwrap());
-        let there = wait_until(|| socket.exists() || running.0.try_wait().unwrap().is_some());
-        assert!(there && socket.exists(), "{}", running.finish().1);
+        // The file is there a moment before anybody listens.
+        let listens = || UnixStream::connect(socket).is_ok();
+        let there = wait_until(|| listens() || running.0.try_wait().unwrap().is_some());
+        assert!(there && listens(), "{}", running.finish().1);
         running
     }
 
