@@ -65,7 +65,11 @@ fn given_by(
 /// What the guest printed of its certificates.
 fn given(console: &str) -> Vec<u8> {
     let digits = console.lines().find_map(|line| line.trim().strip_prefix("certificates")).unwrap().trim();
-    (0..digits.len()).step_by(2).map(|at| u8::from_str_radix(&digits[at..at + 2], 16).unwrap()).collect()
+    let byte = |at| {
+        let two: &str = &digits[at..at + 2];
+        u8::from_str_radix(two, 16).unwrap_or_else(|_| panic!("{two:?} at {at} of {digits}"))
+    };
+    (0..digits.len()).step_by(2).map(byte).collect()
 }
 
 /// The certificate of `guid` in a table.
