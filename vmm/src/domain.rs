@@ -194,6 +194,7 @@ impl Domain {
         let file_hash = Arc::new(window.as_ref().map_or_else(FileHash::none, LoadWindow::file_hash));
         // An outcome that is told to nobody needs no hash of the whole file.
         let is_told = remote.is_some() || status.is_wanted();
+        let mut is_hashing = is_told;
         if let Some((inbox, config)) = remote {
             events.add_subscriber(Arc::new(Mutex::new(RunTime {
                 inbox,
@@ -213,9 +214,14 @@ impl Domain {
         }
         let mut told = None;
         while lock(&supervisor).stopped().is_none() {
-            if let Err(error) = events.run() {
-                control.stop(ExitReason::MonitorError, format!("event loop: {error}"));
-                break;
+            // The file is read while there is nothing else to do, so that nobody waits for it at the end.
+            match if is_hashing { events.run_with_timeout(0) } else { events.run() } {
+                Ok(0) if is_hashing => is_hashing = !file_hash.advance(),
+                Ok(_) => {}
+                Err(error) => {
+                    control.stop(ExitReason::MonitorError, format!("event loop: {error}"));
+                    break;
+                }
             }
             let notes = control.notes();
             if notes.kernel_lives

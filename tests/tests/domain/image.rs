@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use cofferdam_api::config::DEFAULT_COMMAND_LINE;
 use cofferdam_api::status::ExitReason;
@@ -97,4 +99,35 @@ fn the_first_stage_costs_no_page_faults() {
     let run = || guest.run_with("cat", 1);
     let (image, direct) = (page_faults(run()), page_faults(run().with("boot", "direct")));
     assert!(image < direct, "{image}; without the first stage {direct}");
+}
+
+/// Nobody waits for it at the end: what becomes of the file once it is read does not matter.
+#[test]
+#[ignore = "long: make test-all"]
+fn the_hash_of_the_file_is_read_while_the_domain_runs() {
+    let guest = large_guest();
+    let kernel = guest.assets().guest_kernel.to_str().unwrap().to_owned();
+    let initrd = guest.file("initrd");
+    let folder = initrd.parent().unwrap();
+    let line = format!("{DEFAULT_COMMAND_LINE} quiet test=cat argument=1");
+    image(&["build", "--kernel", &kernel, "--initrd", "initrd", "--cmdline", &line, "-o", "d.igvm"], folder);
+    let report: Value = serde_json::from_str(&image(&["inspect", "d.igvm", "--json"], folder)).unwrap();
+
+    let mut running = Run::image(folder.join("d.igvm")).with("memory", "256M").start();
+    running.wait_for("guest: type");
+    let (size, counts) = (report["size"].as_u64().unwrap(), format!("/proc/{}/io", running.monitor_pid()));
+    let end = Instant::now() + Duration::from_secs(240);
+    // Bytes that it has read: the guest has no drive, and the window is no file that is read.
+    while !fs::read_to_string(&counts)
+        .unwrap()
+        .lines()
+        .any(|line| line.strip_prefix("rchar: ").is_some_and(|bytes| bytes.parse::<u64>().unwrap() > size))
+    {
+        assert!(Instant::now() < end, "the file is not read");
+        thread::sleep(Duration::from_millis(10));
+    }
+    fs::write(folder.join("d.igvm"), "").unwrap();
+    send(running.stdin(), b"x");
+    let outcome = running.finish().outcome();
+    assert_eq!(outcome.identity.image_hash.as_deref(), report["sha256"].as_str());
 }
