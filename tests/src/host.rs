@@ -2,7 +2,8 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
@@ -24,6 +25,16 @@ pub fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
         .expect("it is within the maximum");
+}
+
+/// Page faults of all guests of this host, as KVM counts them. Only root can see that.
+pub fn page_faults() -> u64 {
+    let (folder, count) = ("/sys/kernel/debug", "/sys/kernel/debug/kvm/pf_taken");
+    if !Path::new(count).exists() {
+        let mounted = Command::new("mount").args(["-t", "debugfs", "debugfs", folder]).status();
+        assert!(mounted.is_ok_and(|status| status.success()), "cannot mount debugfs");
+    }
+    fs::read_to_string(count).expect("KVM's counts").trim().parse().expect("a number")
 }
 
 /// A name that no other domain has.

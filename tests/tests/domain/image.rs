@@ -1,13 +1,14 @@
 //! Images of Debian's kernel.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use cofferdam_api::config::DEFAULT_COMMAND_LINE;
 use cofferdam_api::status::ExitReason;
+use cofferdam_tests::host::page_faults;
 use cofferdam_tests::run::send;
 use cofferdam_tests::{Guest, Run, place};
 use serde_json::Value;
@@ -31,6 +32,21 @@ fn large_guest() -> Guest {
     guest
 }
 
+/// Makes `domain.igvm` of the guest, whose init gets `words`. Returns the folder that it is in.
+fn image_of(guest: &Guest, words: &str) -> PathBuf {
+    let kernel = guest.assets().guest_kernel.to_str().unwrap();
+    let folder = guest.file("initrd").parent().unwrap().to_owned();
+    let line = format!("{DEFAULT_COMMAND_LINE} quiet {words}");
+    let words = ["build", "--kernel", kernel, "--initrd", "initrd", "--cmdline", &line, "-o", "domain.igvm"];
+    image(&words, &folder);
+    folder
+}
+
+/// What is said of `domain.igvm` in `folder`.
+fn inspected(folder: &Path) -> Value {
+    serde_json::from_str(&image(&["inspect", "domain.igvm", "--json"], folder)).unwrap()
+}
+
 #[test]
 fn an_image_is_the_same_wherever_it_is_built_and_little_of_it_is_measured() {
     let guest = large_guest();
@@ -47,8 +63,7 @@ fn an_image_is_the_same_wherever_it_is_built_and_little_of_it_is_measured() {
     let second = build(Path::new("k"), Path::new("i"), there.path());
     assert!(first == second);
 
-    let report = image(&["inspect", "domain.igvm", "--json"], there.path());
-    let report: Value = serde_json::from_str(&report).unwrap();
+    let report = inspected(there.path());
     assert!(report["measured_pages"]["snp"].as_u64().unwrap() <= 13, "{report}");
     assert_eq!(report["manifest"]["initrd"]["size"], INITRD);
     assert_eq!(report["manifest"]["kernel"]["intact"], true);
@@ -59,12 +74,7 @@ fn an_image_is_the_same_wherever_it_is_built_and_little_of_it_is_measured() {
 #[test]
 fn one_file_boots_with_1_to_8_cpus_and_128_mib_to_2_gib() {
     let guest = large_guest();
-    let kernel = guest.assets().guest_kernel.to_str().unwrap().to_owned();
-    let initrd = guest.file("initrd");
-    let folder = initrd.parent().unwrap();
-    let line = format!("{DEFAULT_COMMAND_LINE} quiet test=hello");
-    let words = ["build", "--kernel", &kernel, "--initrd", "initrd", "--cmdline", &line, "-o", "domain.igvm"];
-    image(&words, folder);
+    let folder = image_of(&guest, "test=hello");
     let mut hashes = Vec::new();
     for (cpus, memory) in [("1", "128M"), ("2", "512M"), ("8", "2G")] {
         let done = Run::image(folder.join("domain.igvm")).with("cpus", cpus).with("memory", memory).finish();
@@ -72,22 +82,18 @@ fn one_file_boots_with_1_to_8_cpus_and_128_mib_to_2_gib() {
         assert!(done.console().contains(&format!("-cloud-amd64, {cpus} CPUs")), "{done}");
         hashes.push(done.outcome().identity.image_hash.unwrap());
     }
-    let report: Value = serde_json::from_str(&image(&["inspect", "domain.igvm", "--json"], folder)).unwrap();
+    let report = inspected(&folder);
     assert!(hashes.iter().all(|hash| report["sha256"] == **hash), "{hashes:?}");
 }
 
-/// Page faults of a guest until its user space waits, as KVM counts them.
-fn page_faults(run: Run) -> u64 {
-    let (folder, count) = ("/sys/kernel/debug", "/sys/kernel/debug/kvm/pf_taken");
-    if !Path::new(count).exists() {
-        Command::new("mount").args(["-t", "debugfs", "debugfs", folder]).status().unwrap();
-    }
+/// Page faults of a guest, the only one, until its user space waits.
+fn page_faults_of(run: Run) -> u64 {
     let mut running = run.start();
     running.wait_for("guest: type");
-    let faults = fs::read_to_string(count).expect("KVM's counts (Linux 6.10 or newer, and root)");
+    let faults = page_faults();
     send(running.stdin(), b"x");
     assert_eq!(running.finish().code(), 0);
-    faults.trim().parse().unwrap()
+    faults
 }
 
 /// What the first stage reads, and where it copies the kernel to, is mapped before it begins; and when the window is closed, the pages that
@@ -97,7 +103,7 @@ fn page_faults(run: Run) -> u64 {
 fn the_first_stage_costs_no_page_faults() {
     let guest = Guest::new();
     let run = || guest.run_with("cat", 1);
-    let (image, direct) = (page_faults(run()), page_faults(run().with("boot", "direct")));
+    let (image, direct) = (page_faults_of(run()), page_faults_of(run().with("boot", "direct")));
     assert!(image < direct, "{image}; without the first stage {direct}");
 }
 
@@ -106,14 +112,10 @@ fn the_first_stage_costs_no_page_faults() {
 #[ignore = "long: make test-all"]
 fn the_hash_of_the_file_is_read_while_the_domain_runs() {
     let guest = large_guest();
-    let kernel = guest.assets().guest_kernel.to_str().unwrap().to_owned();
-    let initrd = guest.file("initrd");
-    let folder = initrd.parent().unwrap();
-    let line = format!("{DEFAULT_COMMAND_LINE} quiet test=cat argument=1");
-    image(&["build", "--kernel", &kernel, "--initrd", "initrd", "--cmdline", &line, "-o", "d.igvm"], folder);
-    let report: Value = serde_json::from_str(&image(&["inspect", "d.igvm", "--json"], folder)).unwrap();
+    let folder = image_of(&guest, "test=cat argument=1");
+    let report = inspected(&folder);
 
-    let mut running = Run::image(folder.join("d.igvm")).with("memory", "256M").start();
+    let mut running = Run::image(folder.join("domain.igvm")).with("memory", "256M").start();
     running.wait_for("guest: type");
     let (size, counts) = (report["size"].as_u64().unwrap(), format!("/proc/{}/io", running.monitor_pid()));
     let end = Instant::now() + Duration::from_secs(240);
@@ -126,7 +128,7 @@ fn the_hash_of_the_file_is_read_while_the_domain_runs() {
         assert!(Instant::now() < end, "the file is not read");
         thread::sleep(Duration::from_millis(10));
     }
-    fs::write(folder.join("d.igvm"), "").unwrap();
+    fs::write(folder.join("domain.igvm"), "").unwrap();
     send(running.stdin(), b"x");
     let outcome = running.finish().outcome();
     assert_eq!(outcome.identity.image_hash.as_deref(), report["sha256"].as_str());

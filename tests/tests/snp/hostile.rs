@@ -10,12 +10,12 @@ use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use cofferdam_api::status::ExitReason;
 use cofferdam_firmware::layout::{MIB, PAGE_SIZE, SNP_GHCB};
+use cofferdam_tests::host::page_faults;
 use cofferdam_tests::image::Image;
 use cofferdam_tests::run::send;
 use cofferdam_tests::tamper::{Event, Side, Tampering, What, When};
@@ -25,7 +25,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::domain::{finish, inspected, run, succeeded};
+use crate::domain::{inspected, run, succeeded};
 use crate::tampering::{refused, small_image};
 
 mod launch;
@@ -214,15 +214,6 @@ fn told_to_go_on(when: When, what: What) -> (Running, Tampering) {
     tampering.tell();
     send(running.stdin(), b"x");
     (running, tampering)
-}
-
-/// Page faults of all guests of this host, as KVM counts them.
-fn page_faults() -> u64 {
-    let (folder, count) = ("/sys/kernel/debug", "/sys/kernel/debug/kvm/pf_taken");
-    if !Path::new(count).exists() {
-        finish(Command::new("mount").args(["-t", "debugfs", "debugfs", folder]));
-    }
-    fs::read_to_string(count).unwrap().trim().parse().unwrap()
 }
 
 #[test]
